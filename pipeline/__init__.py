@@ -1,0 +1,1 @@
+"""Murmuration's engine and bulk job. Import the module you need; nothing is imported here."""
