@@ -1,0 +1,153 @@
+"""Where in a stream of audio somebody speaks: Silero's packaged network through onnxruntime, never torch.
+
+One number a frame of 512 samples (32 ms): speech probability x 255. The stream is cut into blocks of 1,024 frames at
+fixed places; a block's frames run in one call (`silero_vad_16k_sequence.onnx`: the streaming network with its
+recurrence inside), and the state goes on to the next block. So the same samples give the same numbers however they
+arrive. Before the network, by rows of 32 frames (1 s): rows of digital near-silence are left out and get 0, quiet
+rows are amplified and clipped ones attenuated.
+
+Measured on synthetic speech (48 sentences of four unseen voices, en, de, es; silence between them):
+- against Silero's own loop of one frame a call: the same bytes; where silent rows are left out 0 of 6,309 frames
+  differ at the low bar and 1 at the high one; 600 times real time on one core against 280 (0.05 s for 30 s), digital
+  silence 9,000;
+- voiced frames found at the low bar: 99.8 % at a peak of -6 dBFS, 99.7 % at -60 (without the gain 96.2 %), 99.2 % in
+  white noise as loud as the speech, 99.7 % clipped 20 times over (as it is 96.2 %); in all of these no word of 1,120
+  lay outside the spans planned from it;
+- false alarms at the low bar: none in white, pink and brown noise, dither and DC, 0.1 % of frames of hum, at most
+  1.3 % of synthetic music; none of these at the high bar.
+
+This module knows samples and frames; what to do with speech is for `units`, `windows` and `stitch`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import ConfigError
+from pipeline.types import VAD_FRAME, Pcm
+
+Frames = NDArray[np.uint8]  # [n_frames] speech probability x 255
+
+# Losing speech is the worst fault, so what is skipped or cut through lies below the low bar (probability 0.1);
+# what a transcript owes text for lies above the high one (0.5, Silero's own).
+MAYBE_SPEECH = 26
+SURE_SPEECH = 128
+
+BLOCK_FRAMES = 1024  # 32.8 s: long enough to amortise a call (0.05 s), short enough not to hold much
+ROW_FRAMES = 32  # 1.02 s: the grain of the energy gate and of the gain
+CONTEXT = 64  # samples before a frame that the network also sees
+GATE = 3 / 32768  # -81 dBFS; speech that peaks at -60 dBFS reaches 33 / 32768
+LEVEL = 0.1  # quieter rows are amplified to this peak ...
+MAX_GAIN = 100.0  # ... but by 40 dB at most
+CLIPPED = 0.998  # rows that reach it are brought down to LEVEL: the network hears little in loud square waves
+MAX_OFFSET = 1 / 256  # a block's mean beyond this is DC; speech itself has up to 0.001
+
+_BLOCK = BLOCK_FRAMES * VAD_FRAME
+_MODEL = "silero_vad_16k_sequence.onnx"
+
+
+class SileroVad:
+    """The detector over one stream: `push` audio as it comes, then `finish` once.
+
+    Both return the numbers of the frames that are complete by then, so all calls together return
+    `ceil(n_samples / VAD_FRAME)`; a short last frame is padded with zeros.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[Pcm] = []
+        self._n_waiting = 0
+        self._context = np.zeros(CONTEXT, np.int16)
+        self._state = (np.zeros((1, 1, 128), np.float32), np.zeros((1, 1, 128), np.float32))
+
+    def push(self, pcm: Pcm) -> Frames:
+        self._waiting.append(pcm)
+        self._n_waiting += len(pcm)
+        if self._n_waiting < _BLOCK:
+            return np.zeros(0, np.uint8)
+        audio = np.concatenate(self._waiting)
+        n_ready = len(audio) - len(audio) % _BLOCK
+        # A copy: a view would keep the whole of a large push alive.
+        self._waiting, self._n_waiting = [audio[n_ready:].copy()], len(audio) - n_ready
+        return np.concatenate([self._detect(audio[i : i + _BLOCK]) for i in range(0, n_ready, _BLOCK)])
+
+    def finish(self) -> Frames:
+        if not self._n_waiting:
+            return np.zeros(0, np.uint8)
+        audio = np.concatenate(self._waiting)
+        self._waiting, self._n_waiting = [], 0
+        return self._detect(np.pad(audio, (0, -len(audio) % VAD_FRAME)))
+
+    def _detect(self, block: Pcm) -> Frames:
+        """Numbers of one block, whole frames; takes context and state from the block before and leaves its own."""
+        frames, live = prepare(block, self._context)
+        self._context = block[-CONTEXT:]
+        found = np.zeros(len(live), np.uint8)
+        if len(frames):
+            h, c = self._state
+            probability, h, c = _session().run(None, {"input": frames, "h": h, "c": c})
+            self._state = (h, c)
+            found[live] = np.rint(probability.reshape(-1) * 255)
+        return found
+
+
+def detect(pcm: Pcm) -> Frames:
+    """The numbers of a whole recording: `[ceil(n / VAD_FRAME)]`."""
+    vad = SileroVad()
+    return np.concatenate([vad.push(pcm), vad.finish()])
+
+
+def prepare(block: Pcm, context: Pcm) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """What the network is shown of a block of n whole frames: the frames that are loud enough, and which those are.
+
+    `context` is the audio before the block, [64]. Returns float32 [n_live, 576], each frame with its context, free
+    of a large DC and levelled by rows; and bool [n].
+    """
+    audio = np.concatenate([context, block]).astype(np.float32) / np.float32(32768)
+    offset = audio[CONTEXT:].mean()
+    if abs(offset) > MAX_OFFSET:
+        audio -= offset
+    level = _row_levels(audio[CONTEXT:])
+    gain = np.where(level < CLIPPED, np.clip(LEVEL / np.maximum(level, 1e-9), 1.0, MAX_GAIN), LEVEL).astype(np.float32)
+    n_frames = len(block) // VAD_FRAME
+    live = _by_frame(level > GATE, n_frames)
+    frames = np.lib.stride_tricks.sliding_window_view(audio, CONTEXT + VAD_FRAME)[::VAD_FRAME]
+    return frames[live] * _by_frame(gain, n_frames)[live, None], live
+
+
+def _row_levels(audio: NDArray[np.float32]) -> NDArray[np.float32]:
+    """[rows] peak of each row and its two neighbours, so that no gain clips and words may run into silence."""
+    starts = np.arange(0, len(audio), ROW_FRAMES * VAD_FRAME)
+    wide = np.pad(np.maximum.reduceat(np.abs(audio), starts), 1)
+    level: NDArray[np.float32] = np.maximum(np.maximum(wide[:-2], wide[2:]), wide[1:-1])
+    return level
+
+
+def _by_frame(rows: NDArray[Any], n_frames: int) -> NDArray[Any]:
+    return np.repeat(rows, ROW_FRAMES)[:n_frames]
+
+
+@cache
+def _session() -> Any:
+    """One onnxruntime session a process, on one thread; `run` may be called from any thread."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors only: Silero's file makes it warn of unused initialisers
+    return onnxruntime.InferenceSession(str(_model_path()), options, providers=["CPUExecutionProvider"])
+
+
+def _model_path() -> Path:
+    """The file inside the `silero_vad` package, found without importing it: it would import torch."""
+    spec = find_spec("silero_vad")
+    path = Path(spec.origin).parent / "data" / _MODEL if spec is not None and spec.origin is not None else None
+    if path is None or not path.is_file():
+        raise ConfigError(f"vad: silero needs the package silero-vad with its {_MODEL} (6.2.2 or newer), or use none")
+    return path
