@@ -1,0 +1,104 @@
+"""The engine's faces: audio in, text out, on one device, for the bulk job, the endpoint and a notebook alike.
+
+`load_engine(EngineConfig)` gives an `Engine`. It imports neither ray nor any audio library, and this page not even
+torch: that comes with the first real engine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from pipeline.config import Config, Fault
+from pipeline.types import DecodeOptions, Hypothesis, Pcm, Recording, Unit, UnitResult
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What an engine process needs to start: small and picklable, weights by path."""
+
+    model: str
+    revision: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    lanes: int | None = None  # slots of the running batch; None: from free memory
+    threads: int | None = None  # CPU threads; None: torch's own choice
+    fake_faults: tuple[Fault, ...] | None = None  # None: a real engine; a tuple: the fake one with these faults
+    fake_state: str | None = None  # fsspec folder where a fault's `times` are counted; None: in this process
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What was really loaded, for logs and tables."""
+
+    model: str
+    revision: str | None
+    device: str
+    dtype: str
+    lanes: int
+    languages: tuple[str, ...]  # codes the model can be asked for; empty: English only
+
+
+class Engine(Protocol):
+    """One device with one model. No state survives a call; results do not depend on what else is in the batch."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    def decode(self, windows: Sequence[Pcm], options: DecodeOptions) -> list[Hypothesis]:
+        """Each Window's (int16 [n], at most 30 s) answer: as many as came in, in order. Raises `EngineError`."""
+        ...
+
+    def run(self, units: Iterable[Unit], options: DecodeOptions) -> Iterator[UnitResult]:
+        """Every Unit's result, as each ends; one that the engine failed at is a failed result.
+
+        Units are drawn from the iterable only as lanes need them. Raises `ConfigError` for options it cannot honour.
+        """
+        ...
+
+    async def submit(self, unit: Unit, options: DecodeOptions) -> UnitResult:
+        """One Unit, decoded beside all others submitted; cancelling the await frees its lanes.
+
+        Raises `EngineError`, or `ConfigError` for options it cannot honour.
+        """
+        ...
+
+    def close(self) -> None:
+        """Stops the dispatcher; what is in flight fails with `EngineError`."""
+        ...
+
+
+def load_engine(config: EngineConfig) -> Engine:
+    """Loads the weights and allocates the lanes. Raises `ModelError` with one line a user can act on."""
+    if config.fake_faults is not None:
+        from pipeline.engine.fake import FakeEngine
+
+        return FakeEngine(config)
+    from pipeline.engine.local import LocalEngine
+
+    return LocalEngine.load(config)
+
+
+def engine_config(config: Config, threads: int | None = None) -> EngineConfig:
+    """The engine's part of the run's settings."""
+    return EngineConfig(
+        model=config.model,
+        revision=config.revision,
+        device=config.device,
+        dtype=config.dtype,
+        lanes=config.lanes,
+        threads=threads,
+        fake_faults=config.fake.faults if config.engine == "fake" else None,
+    )
+
+
+def options_for(recording: Recording, options: DecodeOptions) -> DecodeOptions:
+    """The run's options with what this recording's manifest line overrides."""
+    overrides = {
+        name: value
+        for name in ("language", "task", "initial_prompt")
+        if (value := getattr(recording, name)) is not None
+    }
+    return dataclasses.replace(options, **overrides) if overrides else options

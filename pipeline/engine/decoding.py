@@ -1,0 +1,606 @@
+"""The method: how a span of audio becomes segments (openai/whisper `transcribe.py` and `decoding.py`, same numbers).
+
+`walk` is the reference's seek loop as a generator. It *yields* what it wants from the device (`Decode`, `Align`,
+`DetectLanguage`) and is sent the answer, so the loop reads as if it ran alone while the scheduler batches the wishes
+of hundreds of walks. `Sampler` holds the token rules of all lanes as tensors; it has no loop over rows.
+
+This page knows nothing of lanes' memory, threads or requests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.engine.features import FRAMES_PER_SECOND, HOP, N_FRAMES, LogMel
+from pipeline.engine.timing import CLOSING, OPENING, Draft, WordTiming, frames, last_word_end, place_words
+from pipeline.engine.tokens import Tokenizer
+from pipeline.errors import ConfigError, NonFiniteError
+from pipeline.types import SAMPLE_RATE, DecodeOptions, Hypothesis, Pcm, Segment
+
+TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+FRAMES_PER_TOKEN = 2  # a timestamp token is 20 ms
+SECONDS_PER_TOKEN = FRAMES_PER_TOKEN / FRAMES_PER_SECOND
+MAX_INITIAL_TIMESTAMP = 50  # tokens: the first timestamp is at most 1.0 s
+TEXT_CONTEXT = 448  # decoder positions; half of them hold history, half are sampled
+MAX_CHARACTERS_PER_S = 40  # twice what a fast speaker says
+CUT_MARGIN_S = 0.2  # text that ends nearer to a cut in running speech may be cut itself
+RESET_TEMPERATURE = 0.5  # above it a window's text is not fed to the next
+
+
+# -- what a walk asks of the device ----------------------------------------------------------------------
+
+
+@dataclass(slots=True, eq=False)
+class Span:
+    """Audio that one walk goes through, and where the 8-decade clamp of its log-mel starts from."""
+
+    pcm: Pcm
+    start: int = 0  # its first sample in the recording: seeds the sampling
+    global_maximum: bool = False  # the span's own maximum (`sequential`), or each window's (`windows`)
+    _maximum: float | None = None
+
+    @property
+    def content_frames(self) -> int:
+        return len(self.pcm) // HOP
+
+    def maximum(self, features: LogMel) -> float | None:
+        if self.global_maximum and self._maximum is None:
+            self._maximum = features.maximum_of(self.pcm)
+        return self._maximum
+
+
+@dataclass(slots=True, eq=False)
+class Window:
+    """One encoder input of a span: frames [seek, seek + n_frames). Encoded once, whatever is asked of it."""
+
+    span: Span
+    seek: int
+    n_frames: int
+    hidden: Tensor | None = None  # [n_audio_ctx, d], once the scheduler has encoded it
+    key: bytes | None = None  # names its audio: a language detected on it is remembered under this
+
+    def mel(self, features: LogMel) -> Tensor:
+        return features.window(self.span.pcm, self.seek, self.n_frames, self.span.maximum(features))
+
+    @property
+    def start_s(self) -> float:
+        return self.seek * HOP / SAMPLE_RATE
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decode:
+    """Sample text for a window: `seeds` says how many candidates, each with its own random stream."""
+
+    window: Window
+    prompt: tuple[int, ...]  # everything up to the first sampled token
+    sot_index: int  # where in it <|startoftranscript|> stands
+    temperature: float
+    seeds: tuple[int, ...]
+    suppress: tuple[int, ...]
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """One candidate: its tokens without the end token, the sum of their log-probabilities, end token included."""
+
+    tokens: list[int]
+    sum_logprob: float
+    no_speech_prob: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Align:
+    """Times for the words of a window's text."""
+
+    window: Window
+    text_tokens: tuple[int, ...]
+    language: str | None
+    task: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DetectLanguage:
+    window: Window
+
+
+Request = Decode | Align | DetectLanguage
+Walk = Generator[Request, Any, Hypothesis]
+
+
+# -- the seek loop ---------------------------------------------------------------------------------------
+
+
+def check_options(options: DecodeOptions, tokenizer: Tokenizer) -> None:
+    """Refuses what this model or this engine cannot honour. Raises `ConfigError`."""
+    for name in ("beam_size", "patience", "hotwords"):
+        if getattr(options, name) is not None:
+            raise ConfigError(f"{name} is not supported")
+    languages = tokenizer.languages or {"en": 0}
+    if options.language not in (None, "window") and options.language not in languages:
+        raise ConfigError(f"language {options.language!r} is not one of the model's: {' '.join(sorted(languages))}")
+    if options.task == "translate" and not tokenizer.multilingual:
+        raise ConfigError("task translate needs a multilingual model")
+    if not 1 <= options.chunk_length_s <= 30:
+        raise ConfigError(f"chunk_length_s {options.chunk_length_s} is not within 1 ... 30")
+    sequential_only = options.hallucination_silence_threshold is not None or options.clip_timestamps != (0.0,)
+    if sequential_only and options.algorithm != "sequential":
+        raise ConfigError("hallucination_silence_threshold and clip_timestamps need algorithm sequential")
+    if options.hallucination_silence_threshold is not None and not options.word_timestamps:
+        raise ConfigError("hallucination_silence_threshold needs word timestamps")
+
+
+def walk(
+    span: Span, options: DecodeOptions, tokenizer: Tokenizer, voice: Window | None = None, first: bool = True
+) -> Walk:
+    """Goes through a span window by window and returns its Hypothesis, times relative to the span.
+
+    A language that the options leave open is detected on `voice`, or without one on the span's first 30 s, as the
+    reference does; or on every window, where the options say so. `first` says that the span opens its recording:
+    `initial_prompt` belongs there.
+
+    In `windows` a window that ends in the middle of its span was cut in running speech. Only what it surely finished
+    is kept, the rest is decoded again from there; where nothing was finished the window grows, up to 30 s, so that
+    no word is halved however short `chunk_length_s` is.
+    """
+    history = History(tokenizer, options, first)
+    each_window = options.language == "window"
+    state = _State(language="en" if not tokenizer.multilingual else None if each_window else options.language)
+    chunk = options.chunk_length_s * FRAMES_PER_SECOND
+    for seek, stop in _clips(options.clip_timestamps, span.content_frames):
+        length = chunk
+        while seek < stop:
+            window = Window(span, seek, min(length, stop - seek))
+            running_on = options.algorithm == "windows" and seek + window.n_frames < stop
+            if state.language is None or (each_window and tokenizer.multilingual):
+                ask = window if each_window else voice or _opening(window)
+                state.language, state.language_probability = yield DetectLanguage(ask)
+            decoded, temperature = yield from _decode_with_fallback(window, history.prompt(), options, tokenizer, state)
+            state.n_windows += 1
+            drafts, advance, single_ending = _cut(decoded.tokens, window, tokenizer)
+            silence = _is_silence(decoded, options)
+            if running_on and window.n_frames < N_FRAMES:
+                advance = 0 if silence else _keep_finished(drafts, window)
+                if not advance:
+                    length *= 2
+                    continue
+            length = chunk
+            if silence:
+                seek += window.n_frames
+                continue
+            next_seek, believed = seek + advance, True
+            if options.word_timestamps:
+                next_seek, believed = yield from _time_words(
+                    window, drafts, single_ending, next_seek, options, tokenizer, state
+                )
+            if believed:
+                for draft in drafts:
+                    if draft.start == draft.end or not draft.text.strip():
+                        draft.text, draft.tokens, draft.words = "", [], []  # stays as an empty row
+                state.segments += _segments(drafts, decoded, temperature, tokenizer, state)
+                history.extend(drafts, temperature)
+            # A last word that ends where the window began would never let go of it.
+            seek = next_seek if next_seek > seek else seek + window.n_frames
+    return state.hypothesis()
+
+
+@dataclass(slots=True)
+class _State:
+    """What a walk has so far."""
+
+    language: str | None
+    language_probability: float | None = None  # None where nobody had to guess
+    last_speech_s: float = 0.0
+    segments: list[Segment] = field(default_factory=list)
+    n_windows: int = 0
+    n_fallbacks: int = 0
+    tokens_generated: int = 0
+    tokens_input: int = 0
+
+    def hypothesis(self) -> Hypothesis:
+        return Hypothesis(
+            segments=tuple(self.segments),
+            language=self.language,
+            language_probability=self.language_probability,
+            n_windows=self.n_windows,
+            n_fallbacks=self.n_fallbacks,
+            tokens_generated=self.tokens_generated,
+            tokens_input=self.tokens_input,
+        )
+
+
+class History:
+    """The tokens of earlier windows, and which of them the next window is prompted with.
+
+    As in the reference the initial prompt is the oldest history and scrolls out. `windows` carries no history, so
+    there it stands before the recording's first window only, or before all with `carry_initial_prompt`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, options: DecodeOptions, first: bool) -> None:
+        self._context = TEXT_CONTEXT // 2 - 1  # tokens of history that fit: 223
+        self._carry = options.carry_initial_prompt
+        self._keep = options.condition_on_previous_text and options.algorithm == "sequential"
+        prompt = (options.initial_prompt or "").strip()
+        self._initial = tokenizer.encode(" " + prompt) if prompt and (first or self._carry) else []
+        self._tokens = list(self._initial)
+        self._reset = 0  # history before this index is not used
+
+    def prompt(self) -> list[int]:
+        if self._carry:
+            room = self._context - len(self._initial)
+            recent = self._tokens[max(len(self._initial), self._reset) :][-room:]  # -0 keeps all: the reference's quirk
+            tokens = self._initial + recent
+        else:
+            tokens = self._tokens[self._reset :]
+        return tokens[-self._context :]
+
+    def extend(self, drafts: Sequence[Draft], temperature: float) -> None:
+        """A window's accepted tokens, timestamps too; not used further after a high temperature."""
+        self._tokens += [token for draft in drafts for token in draft.tokens]
+        if not self._keep or temperature > RESET_TEMPERATURE:
+            self._reset = len(self._tokens)
+
+
+def _clips(clip_timestamps: Sequence[float], content_frames: int) -> list[tuple[int, int]]:
+    """(start, stop) frames; an odd list is closed with the end of the content."""
+    points = [frames(t) for t in clip_timestamps] or [0]
+    if len(points) % 2:
+        points.append(content_frames)
+    return [(a, min(b, content_frames)) for a, b in zip(points[::2], points[1::2], strict=True)]
+
+
+def _opening(window: Window) -> Window:
+    """The span's first 30 s, where the reference detects the language whatever the clips are."""
+    n_frames = min(N_FRAMES, window.span.content_frames)
+    return window if (window.seek, window.n_frames) == (0, n_frames) else Window(window.span, 0, n_frames)
+
+
+def _decode_with_fallback(
+    window: Window, prompt: Sequence[int], options: DecodeOptions, tokenizer: Tokenizer, state: _State
+) -> Generator[Request, Any, tuple[Decoded, float]]:
+    """The first temperature whose text passes the checks, else the last one's."""
+    sot = tokenizer.sot_sequence(state.language, options.task)
+    before = [tokenizer.sot_prev, *prompt] if prompt else []
+    ladder = TEMPERATURES if options.temperature == 0 and options.temperature_fallback else (options.temperature,)
+    suppress = tuple(tokenizer.suppressed(options.suppress_tokens))
+    for attempt, temperature in enumerate(ladder):
+        candidates = (options.best_of or 1) if temperature > 0 else 1
+        answers: list[Decoded] = yield Decode(
+            window=window,
+            prompt=(*before, *sot),
+            sot_index=len(before),
+            temperature=temperature,
+            seeds=tuple(_seed(window, attempt, i) for i in range(candidates)),
+            suppress=suppress,
+            max_tokens=options.max_tokens or TEXT_CONTEXT // 2,
+        )
+        decoded = max(answers, key=lambda a: _rank(a, options.length_penalty))
+        state.tokens_input += len(before) + len(sot)
+        if not _needs_fallback(decoded, options, tokenizer):
+            break
+    state.n_fallbacks += attempt
+    state.tokens_generated += len(decoded.tokens) + 1
+    return decoded, temperature
+
+
+def _seed(window: Window, attempt: int, candidate: int) -> int:
+    """A random stream's name: where in the recording, which try, which candidate; never whose request it is."""
+    text = f"{window.span.start} {window.seek} {attempt} {candidate}".encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:7], "little")
+
+
+def _rank(decoded: Decoded, length_penalty: float | None) -> float:
+    """The score candidates compete by: mean log-probability, or Google's length penalty."""
+    length = len(decoded.tokens)
+    penalty = length if length_penalty is None else ((5 + length) / 6) ** length_penalty
+    return decoded.sum_logprob / penalty if penalty else float("-inf")
+
+
+def avg_logprob(decoded: Decoded) -> float:
+    return decoded.sum_logprob / (len(decoded.tokens) + 1)
+
+
+def compression_ratio(text: str) -> float:
+    """Bytes of the text over bytes of its zlib form: far above 2 for text that repeats itself."""
+    data = text.encode()
+    return len(data) / len(zlib.compress(data))
+
+
+def _needs_fallback(decoded: Decoded, options: DecodeOptions, tokenizer: Tokenizer) -> bool:
+    if not decoded.sum_logprob == decoded.sum_logprob:
+        raise NonFiniteError("the model gave values that are no numbers")
+    too_unlikely = options.logprob_threshold is not None and avg_logprob(decoded) < options.logprob_threshold
+    if (
+        too_unlikely
+        and options.no_speech_threshold is not None
+        and decoded.no_speech_prob > options.no_speech_threshold
+    ):
+        return False  # silence: no temperature makes text of it
+    ratio = compression_ratio(tokenizer.decode(decoded.tokens).strip())
+    too_repetitive = options.compression_ratio_threshold is not None and ratio > options.compression_ratio_threshold
+    return too_unlikely or too_repetitive
+
+
+def _is_silence(decoded: Decoded, options: DecodeOptions) -> bool:
+    """No speech is likely and the text is not: the window is passed over."""
+    if options.no_speech_threshold is None or decoded.no_speech_prob <= options.no_speech_threshold:
+        return False
+    return options.logprob_threshold is None or avg_logprob(decoded) <= options.logprob_threshold
+
+
+def _cut(tokens: list[int], window: Window, tokenizer: Tokenizer) -> tuple[list[Draft], int, bool]:
+    """A window's tokens → its segments, how many frames are done with, and whether it ends in a single timestamp.
+
+    Two timestamps in a row end one segment and begin the next. Text after the last pair is unfinished: it is dropped
+    and decoded again from that timestamp, unless a single timestamp closes it.
+    """
+    begin = tokenizer.timestamp_begin
+    is_time = [token >= begin for token in tokens]
+    single_ending = is_time[-2:] == [False, True]
+    cuts = [i for i in range(1, len(tokens)) if is_time[i - 1] and is_time[i]]
+    if not cuts:
+        times = [token - begin for token in tokens if token >= begin]
+        known = bool(times) and times[-1] != 0
+        duration = times[-1] * SECONDS_PER_TOKEN if known else window.n_frames * HOP / SAMPLE_RATE
+        whole = _draft(window.start_s, window.start_s + duration, tokens, tokenizer)
+        return [whole], window.n_frames, single_ending
+    if single_ending:
+        cuts.append(len(tokens))
+    drafts = []
+    for start, stop in zip([0, *cuts], cuts, strict=False):
+        part = tokens[start:stop]
+        start_s = window.start_s + (part[0] - begin) * SECONDS_PER_TOKEN
+        drafts.append(_draft(start_s, window.start_s + (part[-1] - begin) * SECONDS_PER_TOKEN, part, tokenizer))
+    advance = window.n_frames if single_ending else (tokens[cuts[-1] - 1] - begin) * FRAMES_PER_TOKEN
+    return drafts, advance, single_ending
+
+
+def _keep_finished(drafts: list[Draft], window: Window) -> int:
+    """Drops what the end of a window cut in running speech may have halved; returns how many frames are done with.
+
+    A segment is finished if it ends `CUT_MARGIN_S` before the cut and a voice can have said it in its time: shown
+    the first syllables alone, a model may make up the sentence. An unfinished one that begins later than the window
+    is begun again there; 0 says that there was nothing else.
+    """
+    limit = window.start_s + window.n_frames / FRAMES_PER_SECOND - CUT_MARGIN_S
+    finished = next((i for i, d in enumerate(drafts) if d.end > limit or _is_invented(d)), len(drafts))
+    end = drafts[finished].start if finished < len(drafts) else drafts[-1].end
+    del drafts[finished:]
+    return max(0, frames(end) - window.seek)
+
+
+def _is_invented(draft: Draft) -> bool:
+    return len(draft.text) > 5 + MAX_CHARACTERS_PER_S * (draft.end - draft.start)
+
+
+def _draft(start: float, end: float, tokens: list[int], tokenizer: Tokenizer) -> Draft:
+    return Draft(start, end, tokens, tokenizer.decode(tokens))
+
+
+def _segments(
+    drafts: Sequence[Draft], decoded: Decoded, temperature: float, tokenizer: Tokenizer, state: _State
+) -> list[Segment]:
+    """The drafts with what is known of their window; the reference gives all segments of a window the same figures."""
+    ratio = compression_ratio(tokenizer.decode(decoded.tokens).strip())
+    return [
+        Segment(
+            start=draft.start,
+            end=draft.end,
+            text=draft.text,
+            tokens=tuple(draft.tokens),
+            avg_logprob=avg_logprob(decoded),
+            compression_ratio=ratio,
+            no_speech_prob=decoded.no_speech_prob,
+            temperature=temperature,
+            language=state.language,
+            language_probability=state.language_probability,
+            words=tuple(draft.words),
+        )
+        for draft in drafts
+    ]
+
+
+# -- words -----------------------------------------------------------------------------------------------
+
+
+def _time_words(
+    window: Window,
+    drafts: list[Draft],
+    single_ending: bool,
+    next_seek: int,
+    options: DecodeOptions,
+    tokenizer: Tokenizer,
+    state: _State,
+) -> Generator[Request, Any, tuple[int, bool]]:
+    """Gives the drafts their words; returns where the walk goes on and whether the window is believed at all.
+
+    In `windows` that is where it would have gone without words: asking for words never changes the text. In
+    `sequential` the last word's end rules and anomalous segments may be dropped, as in the reference.
+    """
+    text = tuple(token for draft in drafts for token in draft.tokens if token < tokenizer.eot)
+    timings: list[WordTiming] = (yield Align(window, text, state.language, options.task)) if text else []
+    place_words(drafts, timings, window.start_s, state.last_speech_s, tokenizer.eot)
+    believed = True
+    if options.algorithm == "sequential":
+        end = last_word_end(drafts)
+        if not single_ending and end is not None and end > window.start_s:
+            next_seek = frames(end)
+        if options.hallucination_silence_threshold is not None:
+            check = _HallucinationCheck(window, drafts, options.hallucination_silence_threshold, state.last_speech_s)
+            next_seek, believed = check.next_seek(next_seek, single_ending)
+    end = last_word_end(drafts)
+    if believed and end is not None:
+        state.last_speech_s = end
+    return next_seek, believed
+
+
+@dataclass(frozen=True, slots=True)
+class _HallucinationCheck:
+    """The reference's `hallucination_silence_threshold`: implausible words amid silence are not believed."""
+
+    window: Window
+    drafts: list[Draft]
+    threshold: float  # seconds
+    last_speech_s: float
+
+    def next_seek(self, seek: int, single_ending: bool) -> tuple[int, bool]:
+        """Where to go on, and False if the whole window is discarded; islands are removed from `drafts`."""
+        window, drafts = self.window, self.drafts
+        end_s = window.start_s + N_FRAMES / FRAMES_PER_SECOND  # of the 30 s window, even if there is less content
+        if not single_ending:
+            end = last_word_end(drafts)
+            if end is not None and end > window.start_s:
+                silent_rest = end_s - end > self.threshold
+                seek = frames(end) if silent_rest else window.seek + window.n_frames
+        leading = _first_with_words(drafts)
+        if leading is not None and _is_anomalous(leading):
+            gap = leading.start - window.start_s
+            if gap > self.threshold:
+                return window.seek + frames(gap), False
+        return self._drop_islands(seek, end_s), True
+
+    def _drop_islands(self, seek: int, end_s: float) -> int:
+        """Drops the first anomalous segment with silence or more anomaly on both sides, and all after it."""
+        window, drafts = self.window, self.drafts
+        content_s = window.span.content_frames / FRAMES_PER_SECOND
+        good_end = self.last_speech_s
+        for i, draft in enumerate(drafts):
+            if not draft.words:
+                continue
+            if _is_anomalous(draft):
+                following = _first_with_words(drafts[i + 1 :])
+                next_start = following.words[0].start if following else window.start_s + window.n_frames / 100
+                before = (
+                    draft.start - good_end > self.threshold
+                    or draft.start < self.threshold
+                    or draft.start - window.start_s < 2.0
+                )
+                after = next_start - draft.end > self.threshold or _is_anomalous(following) or end_s - draft.end < 2.0
+                if before and after:
+                    too_little_left = content_s - draft.end < self.threshold
+                    del drafts[i:]
+                    return (
+                        window.span.content_frames if too_little_left else frames(max(window.start_s + 1, draft.start))
+                    )
+            good_end = draft.end
+        return seek
+
+
+def _first_with_words(drafts: Sequence[Draft]) -> Draft | None:
+    return next((draft for draft in drafts if draft.words), None)
+
+
+def _is_anomalous(draft: Draft | None) -> bool:
+    """Very short, very long or improbable words, judged on the first eight that are no punctuation."""
+    if draft is None or not draft.words:
+        return False
+    words = [w for w in draft.words if w.word not in OPENING + CLOSING][:8]
+    score = 0.0
+    for word in words:
+        duration = word.end - word.start
+        score += 1.0 if word.probability < 0.15 else 0.0
+        score += (0.133 - duration) * 15 if duration < 0.133 else 0.0
+        score += duration - 2.0 if duration > 2.0 else 0.0
+    return score >= 3 or score + 0.01 >= len(words)
+
+
+# -- the token rules, all lanes at once ------------------------------------------------------------------
+
+
+class Sampler:
+    """What each lane has sampled so far, and the rules for its next token, as tensors over all lanes.
+
+    `rows` below is a slice or an index tensor of lanes. Nothing here asks the host for a value.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, lanes: int, device: torch.device) -> None:
+        self._eot, self._begin = tokenizer.eot, tokenizer.timestamp_begin
+        self._times = torch.arange(self._begin, tokenizer.n_vocab, device=device)
+
+        def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.zeros(lanes, *shape, dtype=dtype, device=device)
+
+        self.last = zeros(torch.int64)  # the token to feed next
+        self._before_last = zeros(torch.int64)
+        self._last_time = zeros(torch.int64)  # the last timestamp token; 0: none yet
+        self._count = zeros(torch.int64)  # tokens sampled
+        self._suppress = zeros(torch.float32, tokenizer.n_vocab)  # added to the logits: 0 or -inf
+        self._temperature = zeros(torch.float32)
+        self._seed = zeros(torch.int64)
+        self.sum_logprob = zeros(torch.float32)
+        self._no_timestamps = tokenizer.no_timestamps
+
+    def admit(self, lane: int, request: Decode, seed: int) -> None:
+        for state in (self._before_last, self._last_time, self._count, self.sum_logprob):
+            state[lane] = 0
+        self._suppress[lane] = 0.0
+        self._suppress[lane, list(request.suppress)] = float("-inf")
+        self._suppress[lane, self._no_timestamps] = float("-inf")
+        self._temperature[lane] = request.temperature
+        self._seed[lane] = seed
+
+    def move(self, source: int, target: int) -> None:
+        for state in (
+            self.last, self._before_last, self._last_time, self._count, self._suppress, self._temperature, self._seed,
+            self.sum_logprob,
+        ):  # fmt: skip
+            state[target] = state[source]
+
+    @torch.inference_mode()
+    def sample(self, logits: Tensor, rows: slice | Tensor, hot: bool) -> Tensor:
+        """float32 logits [n, vocab] of lanes `rows` → their next tokens [n]. `hot`: some have a temperature above 0.
+
+        The log-probability that is summed is of the filtered logits without the temperature.
+        """
+        logits = logits + self._suppress[rows]
+        text, times = logits[:, : self._begin], logits[:, self._begin :]
+        self._ban(text, times, rows)
+        text_sum, time_sum = text.logsumexp(-1), times.logsumexp(-1)
+        time_only = time_sum > text.max(-1).values  # together the times outweigh every single text token
+        text.masked_fill_(time_only[:, None], float("-inf"))
+        total = torch.where(time_only, time_sum, torch.logaddexp(text_sum, time_sum))
+        chosen = logits.argmax(-1)
+        if hot:
+            temperature = self._temperature[rows]
+            noisy = logits / temperature.clamp(min=1e-6)[:, None] + self._gumbel(rows, logits.shape[1])
+            chosen = torch.where(temperature > 0, noisy.argmax(-1), chosen)
+        self._record(chosen, rows)
+        self.sum_logprob[rows] += logits.gather(1, chosen[:, None])[:, 0] - total
+        return chosen
+
+    def _ban(self, text: Tensor, times: Tensor, rows: slice | Tensor) -> None:
+        """The rules that make timestamps come in pairs, never run backwards and open every window."""
+        count, last, last_time = self._count[rows], self.last[rows], self._last_time[rows]
+        first = count == 0
+        after_time = ~first & (last >= self._begin)
+        in_pair = after_time & ((count < 2) | (self._before_last[rows] >= self._begin))  # text must follow
+        closing = after_time & ~in_pair  # a time or the end must follow
+        floor = torch.where(last_time == 0, 0, last_time + (~closing).long())
+        too_early = self._times[None, :] < floor[:, None]
+        too_late = first[:, None] & (self._times > self._begin + MAX_INITIAL_TIMESTAMP)[None, :]
+        times.masked_fill_(too_early | too_late | in_pair[:, None], float("-inf"))
+        text[:, : self._eot].masked_fill_(closing[:, None], float("-inf"))
+        text.masked_fill_(first[:, None], float("-inf"))
+
+    def _record(self, chosen: Tensor, rows: slice | Tensor) -> None:
+        self._before_last[rows] = self.last[rows]
+        self.last[rows] = chosen
+        self._last_time[rows] = torch.where(chosen >= self._begin, chosen, self._last_time[rows])
+        self._count[rows] += 1
+
+    def _gumbel(self, rows: slice | Tensor, n: int) -> Tensor:
+        """Gumbel noise [rows, n] that depends on the lane's seed, step and token alone: no generator's state, so a
+        row draws the same alone and in any batch. A 64-bit mix of the three gives the uniform numbers."""
+        x = (self._seed[rows] + self._count[rows] * 0x9E3779B97F4A7C1)[:, None]
+        x = x + torch.arange(n, device=x.device)[None, :] * 0x632BE59BD9B4E019
+        for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+            x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
+        uniform = ((x >> 11) & ((1 << 53) - 1)).double() * 2.0**-53 + 2.0**-54
+        return -torch.log(-torch.log(uniform)).float()

@@ -1,0 +1,255 @@
+"""The real engine: one dispatcher thread owns the device, the faces of `Engine` put work into its inbox.
+
+It knows how a Unit becomes walks and their Hypotheses a result; batching is `scheduler.py`'s, the method
+`decoding.py`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.engine import EngineConfig, EngineInfo, options_for
+from pipeline.engine.checkpoint import resolve_model
+from pipeline.engine.decoding import Span, Window, check_options, walk
+from pipeline.engine.features import HOP, N_SAMPLES, LogMel
+from pipeline.engine.model import WhisperModel
+from pipeline.engine.scheduler import Scheduler, Task
+from pipeline.engine.tokens import Tokenizer
+from pipeline.errors import ConfigError, EngineError, ModelError, failure_of
+from pipeline.stitch import failed_unit, stitch_unit
+from pipeline.types import DecodeOptions, Hypothesis, Pcm, Unit, UnitResult
+from pipeline.windows import language_slice, plan
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class LocalEngine:
+    """See `pipeline.engine.Engine`."""
+
+    def __init__(self, model: WhisperModel, tokenizer: Tokenizer, info: EngineInfo) -> None:
+        self.info = info
+        self._tokenizer = tokenizer
+        features = LogMel(model.dims.n_mels, model.device)
+        self._scheduler = Scheduler(model, tokenizer, features, info.lanes)
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._closed = False
+        self._thread = threading.Thread(target=self._dispatch, name="engine", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def load(cls, config: EngineConfig) -> LocalEngine:
+        folder = resolve_model(config.model, config.revision)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        device, dtype = _device(config.device), config.dtype
+        if dtype == "auto":
+            dtype = "float16" if device.type == "cuda" else "float32"
+        model = WhisperModel(folder, device, _DTYPES[dtype])
+        tokenizer = Tokenizer.load(folder, model.dims.n_vocab)
+        info = EngineInfo(
+            model=config.model,
+            revision=_revision(folder, config),
+            device=str(device),
+            dtype=dtype,
+            lanes=config.lanes or _lanes_that_fit(model),
+            languages=tuple(tokenizer.languages),
+        )
+        return cls(model, tokenizer, info)
+
+    # -- faces -----------------------------------------------------------------------------------------------
+
+    def decode(self, windows: Sequence[Pcm], options: DecodeOptions) -> list[Hypothesis]:
+        check_options(options, self._tokenizer)
+        too_long = next((i for i, pcm in enumerate(windows) if len(pcm) > N_SAMPLES), None)
+        if too_long is not None:
+            raise EngineError(f"window {too_long} has {len(windows[too_long])} samples; at most {N_SAMPLES} fit")
+        futures = [self._start_walk(Span(pcm), options) for pcm in windows]
+        return [future.result() for future in futures]
+
+    def run(self, units: Iterable[Unit], options: DecodeOptions) -> Iterator[UnitResult]:
+        finished: queue.SimpleQueue[_UnitJob] = queue.SimpleQueue()
+        todo = iter(units)
+        jobs: set[_UnitJob] = set()
+        more = True
+        while True:
+            # Twice the lanes' worth of spans keeps them filled while the caller handles a result.
+            while more and (not jobs or sum(job.n_spans for job in jobs) < 2 * self.info.lanes):
+                unit = next(todo, None)
+                if unit is None:
+                    more = False
+                    break
+                job = self._submit(unit, options)
+                jobs.add(job)
+                job.future.add_done_callback(partial(_hand_over, finished, job))
+            if not jobs:
+                return
+            job = finished.get()
+            jobs.remove(job)
+            yield job.result()
+
+    async def submit(self, unit: Unit, options: DecodeOptions) -> UnitResult:
+        return await asyncio.wrap_future(self._submit(unit, options).future)
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._inbox.put(None)
+            self._thread.join()
+
+    # -- from a Unit to walks --------------------------------------------------------------------------------
+
+    def _submit(self, unit: Unit, options: DecodeOptions) -> _UnitJob:
+        options = options_for(unit.recording, options)
+        check_options(options, self._tokenizer)
+        job = _UnitJob(self, unit, options)
+        self._post(job.start)
+        return job
+
+    def _start_walk(self, span: Span, options: DecodeOptions) -> Future[Any]:
+        future: Future[Any] = Future()
+        task = Task(walk(span, options, self._tokenizer), lambda result: _settle(future, result))
+        self._post(lambda: self._scheduler.start(task))
+        return future
+
+    # -- the dispatcher --------------------------------------------------------------------------------------
+
+    def _post(self, work: Callable[[], None]) -> None:
+        if self._closed:
+            raise EngineError("the engine is closed")
+        self._inbox.put(work)
+
+    def _dispatch(self) -> None:
+        """Owns the device: takes in what came, then one step for all, until closed."""
+        while True:
+            while self._scheduler.idle or not self._inbox.empty():
+                work = self._inbox.get()
+                if work is None:
+                    self._scheduler.fail_all(EngineError("the engine was closed"))
+                    return
+                work()
+            try:
+                self._scheduler.step()
+            except Exception as error:  # the device's state is unknown: everything in flight ends, the engine goes on
+                self._scheduler.fail_all(EngineError(f"{type(error).__name__}: {error}"))
+
+
+class _UnitJob:
+    """One Unit in flight: all its spans are walked at once, the last one's end makes the result."""
+
+    def __init__(self, engine: LocalEngine, unit: Unit, options: DecodeOptions) -> None:
+        self.future: Future[UnitResult] = Future()
+        self._engine, self._unit, self._options = engine, unit, options
+        self._plan = plan(unit, options)
+        self._hypotheses: dict[int, Hypothesis] = {}
+        self._tasks: list[Task] = []
+        self.n_spans = len(self._plan.spans)
+        self.future.add_done_callback(self._clean_up)
+
+    def result(self) -> UnitResult:
+        """What became of the Unit; an error that is its own makes it a failed one."""
+        try:
+            return self.future.result()
+        except EngineError as error:
+            return failed_unit(self._unit, failure_of(error, "engine"))
+
+    def start(self) -> None:
+        """On the dispatcher's thread, as all that follows."""
+        if not self.n_spans:
+            self._finish()
+        unit, voice = self._unit, self._voice()
+        for i, range_ in enumerate(self._plan.spans):
+            if self.future.done():
+                return
+            pcm = unit.pcm[range_.start : range_.stop]
+            span = Span(pcm, unit.start + range_.start, global_maximum=self._options.algorithm == "sequential")
+            steps = walk(span, self._options, self._engine._tokenizer, voice, first=unit.index == 0 and i == 0)
+            task = Task(steps, partial(self._take, i))
+            self._tasks.append(task)
+            self._engine._scheduler.start(task)
+
+    def _voice(self) -> Window | None:
+        """What the recording's language is detected on; None: the span's own first 30 s, the reference's way."""
+        if self._options.language is not None:
+            return None
+        pcm = self._unit.language_pcm
+        if pcm is None and self._options.algorithm == "windows":
+            pcm = language_slice(self._unit)
+        if pcm is None or len(pcm) < HOP:
+            return None
+        key = hashlib.blake2b(pcm.tobytes(), digest_size=16).digest()
+        return Window(Span(pcm), seek=0, n_frames=min(len(pcm), N_SAMPLES) // HOP, key=key)
+
+    def _take(self, i: int, result: Hypothesis | Exception) -> None:
+        if isinstance(result, Exception):
+            _settle(self.future, result)
+            return
+        self._hypotheses[i] = result
+        if len(self._hypotheses) == self.n_spans:
+            self._finish()
+
+    def _finish(self) -> None:
+        hypotheses = [self._hypotheses[i] for i in range(self.n_spans)]
+        try:
+            result: Any = stitch_unit(self._unit, self._plan, hypotheses)
+        except Exception as error:  # whatever it is, somebody awaits this future
+            result = error
+        _settle(self.future, result)
+
+    def _clean_up(self, future: Future[UnitResult]) -> None:
+        """Ended in whatever way: what is left of it gives up its lanes."""
+        if future.cancelled() or future.exception() is not None:
+            self._engine._inbox.put(self._cancel_tasks)
+
+    def _cancel_tasks(self) -> None:
+        for task in self._tasks:
+            self._engine._scheduler.cancel(task)
+
+
+def _settle(future: Future[Any], result: Any) -> None:
+    if future.cancelled() or future.done():
+        return
+    if isinstance(result, Exception):
+        future.set_exception(result)
+    else:
+        future.set_result(result)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device {name!r} is none of auto, cpu, cuda, cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"device {name!r}: torch finds no CUDA device here")
+    return device
+
+
+def _revision(folder: Path, config: EngineConfig) -> str | None:
+    """A hub snapshot's folder is named by its commit."""
+    return folder.name if folder.parent.name == "snapshots" else config.revision
+
+
+def _lanes_that_fit(model: WhisperModel) -> int:
+    """As many lanes as a part of the free memory holds: a larger batch than this gains nothing more."""
+    if model.device.type == "cuda":
+        free, most, part = torch.cuda.mem_get_info(model.device)[0], 256, 0.6
+    else:
+        free, most, part = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 16, 0.25
+    return max(1, min(most, int(free * part) // model.lane_bytes()))
+
+
+def _hand_over(finished: queue.SimpleQueue[_UnitJob], job: _UnitJob, _: Future[UnitResult]) -> None:
+    finished.put(job)

@@ -1,0 +1,232 @@
+"""Word times from cross-attention: alignment heads → dynamic time warping → words (openai/whisper `timing.py`).
+
+Works on what a teacher-forced pass left behind; it runs no model. Times are seconds within the window until
+`place_words` puts them on segments. The reference's corrections of implausible words are kept, quirks included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.engine.features import FRAMES_PER_SECOND
+from pipeline.engine.tokens import Tokenizer
+from pipeline.types import Word
+
+POSITIONS_PER_SECOND = 50  # encoder positions: two frames each
+MEDIAN_WIDTH = 7
+SENTENCE_ENDS = ".。!！?？"
+OPENING = "\"'“¿([{-"
+CLOSING = "\"'.。,，!！?？:：”)]}、"
+_DIAGONAL, _UP, _LEFT = 0, 1, 2
+
+
+@dataclass(slots=True)
+class WordTiming:
+    """A word being timed, in seconds; merged punctuation leaves an empty `word` behind."""
+
+    word: str
+    tokens: list[int]
+    start: float
+    end: float
+    probability: float
+
+
+@dataclass(slots=True)
+class Draft:
+    """A segment being made: seconds within the span, and its words once they are known."""
+
+    start: float
+    end: float
+    tokens: list[int]
+    text: str
+    words: list[Word] = field(default_factory=list)
+
+
+def attention_cost(scores: Tensor, n_frames: int, n_sot: int) -> NDArray[np.float64]:
+    """One window's alignment scores [heads, p, t] → DTW cost [p - n_sot - 1, n_frames // 2].
+
+    Softmax over time, standardised over tokens, median over time, mean over heads, negated; the prompt's rows and
+    the end token's go only after the standardisation, as in the reference.
+    """
+    weights = scores[:, :, : n_frames // 2].softmax(dim=-1)
+    std, mean = torch.std_mean(weights, dim=-2, keepdim=True, unbiased=False)
+    weights = _median_filter((weights - mean) / std)
+    return -weights.mean(dim=0)[n_sot:-1].double().cpu().numpy()
+
+
+def _median_filter(x: Tensor) -> Tensor:
+    """Median over `MEDIAN_WIDTH` along the last axis, the ends reflected; too short a row stays as it is."""
+    reach = MEDIAN_WIDTH // 2
+    if x.shape[-1] <= reach:
+        return x
+    padded = torch.nn.functional.pad(x, (reach, reach), mode="reflect")
+    return padded.unfold(-1, MEDIAN_WIDTH, 1).sort(dim=-1).values[..., reach]
+
+
+def warp(cost: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The cheapest monotone path through `cost` [n, m]: its row and column indices.
+
+    Filled along anti-diagonals, each one vector operation. The diagonal is taken only if strictly cheaper than both
+    others, then up if strictly cheaper, else left: ties decide word times, so the rule is the reference's. Costs are
+    summed in float32, as there.
+    """
+    n, m = cost.shape
+    trace = np.full((n, m), _LEFT, np.int8)
+    before = np.full(n + 1, np.inf, np.float32)  # anti-diagonal d-2, indexed by row + 1
+    last = np.full(n + 1, np.inf, np.float32)  # d-1
+    before[0] = 0.0  # the corner before (0, 0)
+    for d in range(n + m - 1):
+        low, high = max(0, d - m + 1), min(n, d + 1)
+        rows = np.arange(low, high)
+        diagonal, up, left = before[low:high], last[low:high], last[low + 1 : high + 1]
+        by_diagonal = (diagonal < up) & (diagonal < left)
+        by_up = ~by_diagonal & (up < diagonal) & (up < left)
+        best = np.where(by_diagonal, diagonal, np.where(by_up, up, left))
+        trace[rows, d - rows] = np.where(by_diagonal, _DIAGONAL, np.where(by_up, _UP, _LEFT))
+        current = np.full(n + 1, np.inf, np.float32)
+        current[low + 1 : high + 1] = cost[rows, d - rows] + best
+        before, last = last, current
+    return _trace_back(trace)
+
+
+def _trace_back(trace: NDArray[np.int8]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    i, j = trace.shape[0] - 1, trace.shape[1] - 1
+    path = []
+    while i >= 0 and j >= 0:
+        path.append((i, j))
+        move = _LEFT if i == 0 and j > 0 else _UP if j == 0 else trace[i, j]
+        i -= move != _LEFT
+        j -= move != _UP
+    rows, columns = np.array(path[::-1], np.int64).reshape(-1, 2).T
+    return rows, columns
+
+
+def word_timings(
+    cost: NDArray[np.float64],
+    probabilities: NDArray[np.float64],
+    text_tokens: Sequence[int],
+    tokenizer: Tokenizer,
+    language: str | None,
+) -> list[WordTiming]:
+    """Words of one window with their times. `cost` [n + 1, frames / 2] and `probabilities` [n] for n text tokens."""
+    words, word_tokens = tokenizer.split_words([*text_tokens, tokenizer.eot], language)
+    if len(words) <= 1:
+        return []
+    rows, columns = warp(cost)
+    starts_row = np.diff(rows, prepend=-1) > 0  # where the path enters a new token
+    token_times = columns[starts_row] / POSITIONS_PER_SECOND
+    bounds = np.concatenate([[0], np.cumsum([len(ids) for ids in word_tokens[:-1]])])
+    return [
+        WordTiming(word, ids, float(token_times[a]), float(token_times[b]), float(np.mean(probabilities[a:b])))
+        for word, ids, a, b in zip(words[:-1], word_tokens[:-1], bounds[:-1], bounds[1:], strict=True)
+    ]
+
+
+def place_words(
+    drafts: list[Draft], timings: list[WordTiming], offset_s: float, last_speech_s: float, eot: int
+) -> None:
+    """Gives each draft its words and pulls its start and end to them. `offset_s` is the window's start in the span.
+
+    `last_speech_s` is where speech last ended before this window: a word after a long pause is held to be short.
+    """
+    durations = np.array([t.end - t.start for t in timings])
+    durations = durations[durations.nonzero()]
+    median = min(0.7, float(np.median(durations))) if len(durations) else 0.0
+    longest = 2 * median
+    if len(durations):
+        _shorten_at_sentence_ends(timings, longest)
+    _merge_punctuation(timings)
+    left = iter(timings)
+    for draft in drafts:
+        words = _take_words(left, sum(1 for token in draft.tokens if token < eot), offset_s)
+        if words:
+            _fit_to_pause(words, last_speech_s, median, longest)
+            _fit_to_segment(words, draft, median)
+            last_speech_s = draft.end
+        draft.words = [Word(w.word, w.start, w.end, w.probability) for w in words]
+
+
+def last_word_end(drafts: Sequence[Draft]) -> float | None:
+    """The end of the last word of the last draft that has any; without words, the last draft's end."""
+    ends = (word.end for draft in reversed(drafts) for word in reversed(draft.words))
+    return next(ends, drafts[-1].end if drafts else None)
+
+
+def _take_words(timings: Iterator[WordTiming], n_tokens: int, offset_s: float) -> list[WordTiming]:
+    """The next words, up to `n_tokens` tokens, on the span's clock, rounded to 10 ms."""
+    words = []
+    taken = 0
+    while taken < n_tokens and (timing := next(timings, None)) is not None:
+        taken += len(timing.tokens)
+        if timing.word:
+            start, end = round(offset_s + timing.start, 2), round(offset_s + timing.end, 2)
+            words.append(WordTiming(timing.word, timing.tokens, start, end, timing.probability))
+    return words
+
+
+def _shorten_at_sentence_ends(timings: list[WordTiming], longest: float) -> None:
+    """A sentence's end mark, and the word after one, tend to swallow the pause between sentences."""
+    for previous, timing in pairwise(timings):
+        if timing.end - timing.start > longest:
+            if timing.word in SENTENCE_ENDS:
+                timing.end = timing.start + longest
+            elif previous.word in SENTENCE_ENDS:
+                timing.start = timing.end - longest
+
+
+def _merge_punctuation(timings: list[WordTiming]) -> None:
+    """Opening marks join the word after them, closing marks the word before; times stay the word's own."""
+    following = len(timings) - 1
+    for i in range(len(timings) - 2, -1, -1):
+        mark, word = timings[i], timings[following]
+        if mark.word.startswith(" ") and mark.word.strip() in OPENING:
+            word.word, word.tokens = mark.word + word.word, mark.tokens + word.tokens
+            mark.word, mark.tokens = "", []
+        else:
+            following = i
+    previous = 0
+    for i in range(1, len(timings)):
+        word, mark = timings[previous], timings[i]
+        if not word.word.endswith(" ") and mark.word in CLOSING:
+            word.word, word.tokens = word.word + mark.word, word.tokens + mark.tokens
+            mark.word, mark.tokens = "", []
+        else:
+            previous = i
+
+
+def _fit_to_pause(words: list[WordTiming], last_speech_s: float, median: float, longest: float) -> None:
+    """The first one or two words after a pause of more than four median words are not longer than twice the median."""
+    first = words[0]
+    second = words[1] if len(words) > 1 else None
+    if first.end - last_speech_s <= median * 4:
+        return
+    if first.end - first.start <= longest and (second is None or second.end - first.start <= longest * 2):
+        return
+    if second is not None and second.end - second.start > longest:
+        first.end = second.start = max(second.end / 2, second.end - longest)
+    first.start = max(0.0, first.end - longest)
+
+
+def _fit_to_segment(words: list[WordTiming], draft: Draft, median: float) -> None:
+    """Words rule the segment's times, unless they lie more than half a second outside: then the timestamps do."""
+    first, last = words[0], words[-1]
+    if draft.start < first.end and draft.start - 0.5 > first.start:
+        first.start = max(0.0, min(first.end - median, draft.start))
+    else:
+        draft.start = first.start
+    if draft.end > last.start and draft.end + 0.5 < last.end:
+        last.end = max(last.start + median, draft.end)
+    else:
+        draft.end = last.end
+
+
+def frames(seconds: float) -> int:
+    """Seconds as the nearest frame, as the reference rounds."""
+    return round(seconds * FRAMES_PER_SECOND)

@@ -1,0 +1,184 @@
+"""The engine's faces on the demo model: batches, refill, mixed options, cancellation, refusals."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.demo import model_path
+from pipeline.demo.train.heldout import Clip, make_clip
+from pipeline.engine import EngineConfig, load_engine
+from pipeline.engine.local import LocalEngine
+from pipeline.engine.model import WhisperModel
+from pipeline.errors import ConfigError, EngineError, ModelError
+from pipeline.types import DecodeOptions, Hypothesis, Recording, Unit, UnitResult
+from pipeline.vad import detect
+
+PLAIN = DecodeOptions(chunk_length_s=10)
+
+
+@pytest.fixture(scope="module")
+def clips() -> list[Clip]:
+    return [make_clip(("en", "de", "es")[i % 3], 1 + i % 2, seed=900 + i) for i in range(6)]
+
+
+def unit(clip: Clip, name: str = "x", **recording: str) -> Unit:
+    return Unit(Recording(name, name, **recording), 0, 0, clip.pcm, is_last=True, speech=detect(clip.pcm))  # type: ignore[arg-type]
+
+
+def key(result: UnitResult) -> tuple[object, ...]:
+    return (result.language, [(s.tokens, s.start, s.end, s.temperature) for s in result.segments])
+
+
+def assert_close(a: Hypothesis, b: Hypothesis) -> None:
+    assert [s.tokens for s in a.segments] == [s.tokens for s in b.segments]
+    for one, other in zip(a.segments, b.segments, strict=True):
+        assert one.avg_logprob == pytest.approx(other.avg_logprob, abs=1e-5)
+
+
+def test_every_row_is_the_same_alone_and_in_a_batch(engine: LocalEngine, clips: list[Clip]) -> None:
+    """Six windows over four lanes, so that lanes are refilled; temperatures 0 and 0.7 side by side."""
+    pcms = [clip.pcm for clip in clips]
+    for options in (PLAIN, dataclasses.replace(PLAIN, temperature=0.7, language="en")):
+        together = engine.decode(pcms, options)
+        assert len(together) == len(pcms)
+        for pcm, expected in zip(pcms, together, strict=True):
+            (alone,) = engine.decode([pcm], options)
+            assert_close(alone, expected)
+
+
+def test_units_with_different_options_share_the_batch(engine: LocalEngine, clips: list[Clip]) -> None:
+    """Languages, tasks and prompts from the manifest, beside plain Units."""
+    units = [
+        unit(clips[0], "plain"),
+        unit(clips[1], "forced", language="de"),
+        unit(clips[1], "translated", language="de", task="translate"),
+        unit(clips[2], "prompted", initial_prompt="Hugo compra tres manzanas rojas en Madrid."),
+    ]
+    together = {result.recording.id: key(result) for result in engine.run(units, PLAIN)}
+    assert len(together) == len(units)
+    for one in units:
+        (alone,) = engine.run([one], PLAIN)
+        assert key(alone) == together[one.recording.id]
+    assert together["forced"] != together["translated"]
+
+
+def test_later_units_are_told_the_language_of_the_first(engine: LocalEngine, clips: list[Clip]) -> None:
+    later = dataclasses.replace(unit(clips[0]), index=1, start=16000, language_pcm=clips[1].pcm)
+    (result,) = engine.run([later], PLAIN)
+    assert result.language == "de"
+
+
+def test_words_do_not_change_the_text(engine: LocalEngine, clips: list[Clip]) -> None:
+    for clip in clips[:3]:
+        (plain,) = engine.run([unit(clip)], PLAIN)
+        (worded,) = engine.run([unit(clip)], dataclasses.replace(PLAIN, word_timestamps=True))
+        assert [s.tokens for s in plain.segments] == [s.tokens for s in worded.segments]
+        for segment in worded.segments:
+            assert "".join(w.word for w in segment.words) == segment.text
+
+
+def test_submit_and_cancel(engine: LocalEngine, clips: list[Clip]) -> None:
+    async def go() -> list[UnitResult]:
+        gone = [asyncio.ensure_future(engine.submit(unit(clip), PLAIN)) for clip in clips]
+        await asyncio.sleep(0.05)
+        for task in gone:
+            task.cancel()
+        await asyncio.gather(*gone, return_exceptions=True)
+        return await asyncio.gather(*(engine.submit(unit(clip), PLAIN) for clip in clips[:2]))
+
+    results = asyncio.run(go())
+    assert [key(r) for r in results] == [key(next(engine.run([unit(c)], PLAIN))) for c in clips[:2]]
+    assert engine._scheduler.idle
+    assert engine._scheduler._lanes.count(None) == engine.info.lanes
+
+
+def test_silence_and_nothing(engine: LocalEngine) -> None:
+    for n in (0, 1, 100, 16_000, 480_000):
+        (result,) = engine.run([unit(Clip("en", np.zeros(n, np.int16), ()))], PLAIN)
+        assert result.segments == ()
+        assert result.n_samples == n
+        assert sum(skip.n_samples for skip in result.skipped) == n, "silence is skipped, not lost"
+
+
+def test_refusals(engine: LocalEngine, clips: list[Clip]) -> None:
+    with pytest.raises(EngineError, match="480001"):
+        engine.decode([np.zeros(480_001, np.int16)], PLAIN)
+    with pytest.raises(ConfigError, match="klingon"):
+        engine.decode([clips[0].pcm], dataclasses.replace(PLAIN, language="klingon"))
+    with pytest.raises(ConfigError, match="xx"):
+        list(engine.run([unit(clips[0], language="xx")], PLAIN))
+
+
+def test_closed() -> None:
+    engine = load_engine(EngineConfig(model="demo", dtype="float32", lanes=1))
+    engine.close()
+    engine.close()
+    with pytest.raises(EngineError, match="closed"):
+        engine.decode([np.zeros(16_000, np.int16)], PLAIN)
+
+
+def test_a_device_error_ends_what_is_in_flight_and_nothing_else(
+    engine: LocalEngine, clips: list[Clip], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> torch.Tensor:
+        raise RuntimeError("device on fire")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WhisperModel, "step", broken)
+        (failed,) = engine.run([unit(clips[0])], PLAIN)
+        assert failed.failure is not None
+        assert "device on fire" in failed.failure.message
+    (fine,) = engine.run([unit(clips[0])], PLAIN)
+    assert fine.failure is None
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A copy of the demo model whose files may be spoilt."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in model_path().iterdir():
+        if file.name != "model.safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def test_weights_that_are_missing_cut_or_misshapen(checkpoint: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    config = EngineConfig(model=str(checkpoint), dtype="float32", lanes=1)
+    with pytest.raises(ModelError, match=r"no model\.safetensors"):
+        load_engine(config)
+    weights = checkpoint / "model.safetensors"
+    whole = (model_path() / "model.safetensors").read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelError, match="damaged"):
+        load_engine(config)
+    tensors = load_file(model_path() / "model.safetensors")
+    name = "model.decoder.layers.1.fc1.weight"
+    save_file({**tensors, name: tensors[name][:10].clone()}, weights)
+    with pytest.raises(ModelError, match=name):
+        load_engine(config)
+    save_file({k: v for k, v in tensors.items() if k != name}, weights)
+    with pytest.raises(ModelError, match=f"{name} is missing"):
+        load_engine(config)
+
+
+def test_pickled_weights_are_refused(checkpoint: Path) -> None:
+    (checkpoint / "pytorch_model.bin").write_bytes(b"anything")
+    with pytest.raises(ModelError, match="pickled and refused"):
+        load_engine(EngineConfig(model=str(checkpoint)))
+
+
+def test_no_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ModelError, match="--model demo"):
+        load_engine(EngineConfig(model="openai/whisper-nonesuch"))
+    with pytest.raises(ModelError, match="no such folder"):
+        load_engine(EngineConfig(model="./nowhere"))

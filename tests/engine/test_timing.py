@@ -1,0 +1,59 @@
+"""Dynamic time warping against the reference's, ties included; and what becomes of implausible words."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from whisper.timing import dtw_cpu, median_filter
+
+from pipeline.engine.timing import Draft, WordTiming, _median_filter, last_word_end, place_words, warp
+
+EOT = 50257
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (5, 5), (7, 40), (60, 300)])
+@pytest.mark.parametrize("levels", [0, 2])
+def test_path_is_the_reference_s(shape: tuple[int, int], levels: int) -> None:
+    """`levels` 2 leaves nothing but ties."""
+    draw = np.random.default_rng(shape[0] * 1000 + shape[1])
+    for _ in range(5):
+        cost = draw.integers(0, levels, shape).astype(np.float64) if levels else draw.standard_normal(shape)
+        expected = dtw_cpu(cost)
+        rows, columns = warp(cost)
+        assert rows.tolist() == expected[0].tolist()
+        assert columns.tolist() == expected[1].tolist()
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 50])
+def test_median_filter(n: int) -> None:
+    x = torch.randn(2, 3, n, generator=torch.Generator().manual_seed(n))
+    assert torch.equal(_median_filter(x), median_filter(x, 7))
+
+
+def timing(word: str, start: float, end: float) -> WordTiming:
+    return WordTiming(word, [1], start, end, 0.9)
+
+
+def test_punctuation_joins_its_word() -> None:
+    drafts = [Draft(0.0, 3.0, [1] * 5, "")]
+    words = [timing(' "', 0, 0.1), timing("Hello", 0.1, 0.5), timing(",", 0.5, 0.6), timing(" you", 0.6, 1.0)]
+    place_words(drafts, [*words, timing(".", 1.0, 1.1)], 10.0, 10.0, EOT)
+    assert [(w.word, w.start, w.end) for w in drafts[0].words] == [(' "Hello,', 10.1, 10.5), (" you", 10.6, 11.0)]
+    assert (drafts[0].start, drafts[0].end) == (0.0 + 10.1, 11.0) or drafts[0].start == 0.0
+
+
+def test_a_first_word_that_swallowed_a_pause_is_shortened() -> None:
+    drafts = [Draft(5.0, 6.0, [1, 1, 1], "")]
+    place_words(drafts, [timing(" a", 0, 5.0), timing(" b", 5.0, 5.3), timing(" c", 5.3, 5.6)], 0.0, 0.0, EOT)
+    first = drafts[0].words[0]
+    assert first.end - first.start == pytest.approx(0.6)  # twice the median of 0.3 s
+    assert drafts[0].start == first.start
+
+
+def test_last_word_end() -> None:
+    assert last_word_end([]) is None
+    assert last_word_end([Draft(0, 2.5, [], "")]) == 2.5
+    drafts = [Draft(0, 1, [1], "a"), Draft(1, 2, [], "")]
+    place_words(drafts, [timing(" a", 0.2, 0.7)], 0.0, 0.0, EOT)
+    assert last_word_end(drafts) == 0.7

@@ -1,0 +1,236 @@
+"""The seek loop without a device: a script answers what a walk asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.demo import model_path
+from pipeline.engine.decoding import Decode, Decoded, DetectLanguage, Span, check_options, compression_ratio, walk
+from pipeline.engine.tokens import Tokenizer
+from pipeline.errors import ConfigError, NonFiniteError
+from pipeline.types import DecodeOptions, Hypothesis
+
+TIME = 50364
+GOOD, BAD, SILENT = -0.3, -3.0, 0.9
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.load(model_path(), 51865)
+
+
+def at(seconds: float) -> int:
+    return TIME + round(seconds * 50)
+
+
+Answer = Callable[[Decode], tuple[list[int], float, float]]
+
+
+def run(
+    seconds: float, options: DecodeOptions, tokenizer: Tokenizer, answer: Answer
+) -> tuple[Hypothesis, list[Decode]]:
+    """Walks through `seconds` of audio; `answer` gives (tokens, mean log-probability, no-speech probability)."""
+    steps = walk(Span(np.zeros(round(seconds * 16000), np.int16)), options, tokenizer)
+    asked: list[Decode] = []
+    reply: Any = None
+    try:
+        while True:
+            request = steps.send(reply)
+            if isinstance(request, DetectLanguage):
+                reply = ("de", 0.8)
+            else:
+                assert isinstance(request, Decode)
+                asked.append(request)
+                tokens, mean, no_speech = answer(request)
+                reply = [Decoded(tokens, mean * (len(tokens) + 1), no_speech)] * len(request.seeds)
+    except StopIteration as stop:
+        return stop.value, asked
+
+
+def windows(asked: list[Decode]) -> list[tuple[float, float]]:
+    return [(d.window.seek / 100, d.window.n_frames / 100) for d in asked]
+
+
+EN = DecodeOptions(language="en")
+SEQUENTIAL = DecodeOptions(language="en", algorithm="sequential")
+
+
+def test_an_unfinished_tail_is_decoded_again(tokenizer: Tokenizer) -> None:
+    word = tokenizer.encode(" word")
+
+    def answer(request: Decode) -> tuple[list[int], float, float]:
+        if request.window.seek == 0:
+            return [at(0), *word, at(12), at(12), *word], GOOD, 0.0
+        return [at(0), *word, at(10)], GOOD, 0.0
+
+    hypothesis, asked = run(40, SEQUENTIAL, tokenizer, answer)
+    assert windows(asked) == [(0, 30), (12, 28)]
+    assert [(s.start, s.end) for s in hypothesis.segments] == [(0, 12), (12, 22)]
+    assert hypothesis.n_windows == 2
+
+
+def test_history_and_its_reset(tokenizer: Tokenizer) -> None:
+    word = tokenizer.encode(" word")
+    said = [at(0), *word, at(28), at(28)]
+
+    def answer(request: Decode) -> tuple[list[int], float, float]:
+        cold_in_second = request.window.seek == 2800 and request.temperature < 0.5
+        return said, BAD if cold_in_second else GOOD, 0.0
+
+    _, asked = run(90, SEQUENTIAL, tokenizer, answer)
+    by_window = {d.window.seek: d for d in asked}
+    assert by_window[0].prompt == (50258, 50259, 50359)
+    assert by_window[2800].prompt == (50361, *said[:-1], 50258, 50259, 50359)
+    assert by_window[2800].temperature == 0.6
+    assert by_window[5600].prompt == by_window[0].prompt, "not fed on after a temperature above 0.5"
+
+
+def test_windows_carries_no_history_and_prompts_the_first_window_only(tokenizer: Tokenizer) -> None:
+    options = DecodeOptions(language="en", initial_prompt="names", chunk_length_s=30)
+    said = [at(0), *tokenizer.encode(" word"), at(20), at(20)]
+    _, asked = run(70, options, tokenizer, lambda _: (said, GOOD, 0.0))
+    prompted = [tokenizer.sot_prev in d.prompt for d in asked]
+    assert prompted == [True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("options", "temperatures"),
+    [
+        ({}, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        ({"temperature_fallback": False}, [0.0]),
+        ({"temperature": 0.3}, [0.3]),
+        ({"logprob_threshold": None}, [0.0]),
+    ],
+)
+def test_temperatures(tokenizer: Tokenizer, options: dict[str, Any], temperatures: list[float]) -> None:
+    said = [at(0), *tokenizer.encode(" word"), at(5)]
+    hypothesis, asked = run(6, DecodeOptions(language="en", **options), tokenizer, lambda _: (said, BAD, 0.0))
+    assert [d.temperature for d in asked] == temperatures
+    assert hypothesis.segments[0].temperature == temperatures[-1], "if all fail the last is kept"
+    assert hypothesis.n_fallbacks == len(temperatures) - 1
+    assert len({d.seeds for d in asked}) == len(asked)
+
+
+def test_repetition_falls_back(tokenizer: Tokenizer) -> None:
+    loop = [at(0), *tokenizer.encode(" again and again" * 20), at(5)]
+    once = [at(0), *tokenizer.encode(" once"), at(5)]
+    hypothesis, _ = run(6, EN, tokenizer, lambda d: (loop if d.temperature == 0 else once, GOOD, 0.0))
+    assert hypothesis.segments[0].text == " once"
+    assert hypothesis.segments[0].temperature == 0.2
+
+
+def test_silence_is_accepted_at_once_and_passed_over(tokenizer: Tokenizer) -> None:
+    said = [at(0), *tokenizer.encode(" thank you"), at(5)]
+    hypothesis, asked = run(70, SEQUENTIAL, tokenizer, lambda _: (said, BAD, SILENT))
+    assert hypothesis.segments == ()
+    assert windows(asked) == [(0, 30), (30, 30), (60, 10)]
+
+
+def test_likely_text_is_kept_whatever_the_no_speech_probability(tokenizer: Tokenizer) -> None:
+    said = [at(0), *tokenizer.encode(" thank you"), at(5)]
+    hypothesis, _ = run(6, EN, tokenizer, lambda _: (said, GOOD, SILENT))
+    assert hypothesis.segments[0].text == " thank you"
+
+
+def test_candidates_compete(tokenizer: Tokenizer) -> None:
+    _, asked = run(6, DecodeOptions(language="en", temperature=0.5, best_of=3), tokenizer, lambda _: ([at(0)], GOOD, 0))
+    assert len(set(asked[0].seeds)) == 3
+
+
+# -- windows cut in running speech -------------------------------------------------------------------------------------
+
+
+def test_a_window_in_which_nothing_ended_grows(tokenizer: Tokenizer) -> None:
+    """A sentence of 3 s with chunk_length_s 1: told only when the window holds it."""
+
+    def answer(request: Decode) -> tuple[list[int], float, float]:
+        length = request.window.n_frames / 100
+        if request.window.seek == 0 and length < 4:
+            return [at(0), *tokenizer.encode(" half a"), at(length)], GOOD, 0.0
+        return [at(0), *tokenizer.encode(" whole sentence"), at(3), at(3)], GOOD, 0.0
+
+    hypothesis, asked = run(6, DecodeOptions(language="en", chunk_length_s=1), tokenizer, answer)
+    assert windows(asked)[:4] == [(0, 1), (0, 2), (0, 4), (3, 1)]
+    assert hypothesis.segments[0].text == " whole sentence"
+    assert "half" not in "".join(s.text for s in hypothesis.segments)
+
+
+def test_text_up_to_the_cut_is_not_believed(tokenizer: Tokenizer) -> None:
+    def answer(request: Decode) -> tuple[list[int], float, float]:
+        a, b = tokenizer.encode(" first"), tokenizer.encode(" sec")
+        if request.window.seek == 0:
+            return [at(0), *a, at(6), at(6.5), *b, at(10)], GOOD, 0.0
+        return [at(0), *tokenizer.encode(" second"), at(5)], GOOD, 0.0
+
+    hypothesis, asked = run(16, DecodeOptions(language="en", chunk_length_s=10), tokenizer, answer)
+    assert windows(asked) == [(0, 10), (6.5, 9.5)]
+    assert "".join(s.text for s in hypothesis.segments) == " first second"
+
+
+def test_a_sentence_made_up_from_its_first_syllable_is_not_believed(tokenizer: Tokenizer) -> None:
+    invented = [at(0), *tokenizer.encode(" The meeting is on Sunday, the eleventh of May."), at(0.3), at(0.3)]
+    real = [at(0), *tokenizer.encode(" The meeting is over."), at(2), at(2)]
+
+    def answer(request: Decode) -> tuple[list[int], float, float]:
+        return invented if request.window.n_frames == 100 else real, GOOD, 0.0
+
+    hypothesis, _ = run(8, DecodeOptions(language="en", chunk_length_s=1), tokenizer, answer)
+    assert {s.text for s in hypothesis.segments if s.text} == {" The meeting is over."}
+
+
+def test_the_last_window_of_a_span_is_the_reference_s(tokenizer: Tokenizer) -> None:
+    """It ends in a pause, not in a word: text without a closing time is kept to the window's end."""
+    said = [at(0), *tokenizer.encode(" all of it")]
+    hypothesis, _ = run(8, EN, tokenizer, lambda _: (said, GOOD, 0.0))
+    assert [(s.text, s.end) for s in hypothesis.segments] == [(" all of it", 8.0)]
+
+
+@pytest.mark.parametrize("algorithm", ["windows", "sequential"])
+@pytest.mark.parametrize("tokens", [[], [TIME], [TIME, TIME + 1], [TIME + 1], [TIME, 1000], [1000], [TIME, 1000, TIME]])
+def test_every_walk_ends(tokenizer: Tokenizer, algorithm: Any, tokens: list[int]) -> None:
+    """Whatever a model says, a walk goes on: seeks never stand still."""
+    options = DecodeOptions(language="en", algorithm=algorithm, chunk_length_s=2)
+    _, asked = run(65, options, tokenizer, lambda _: (tokens, GOOD, 0.0))
+    assert len(asked) < 65 * 50
+
+
+# -- language and options ----------------------------------------------------------------------------------------------
+
+
+def test_language_is_detected_once_or_on_every_window(tokenizer: Tokenizer) -> None:
+    said = [at(0), *tokenizer.encode(" ja"), at(29), at(29)]
+    hypothesis, asked = run(70, DecodeOptions(algorithm="sequential"), tokenizer, lambda _: (said, GOOD, 0.0))
+    assert (hypothesis.language, hypothesis.language_probability) == ("de", 0.8)
+    assert all(tokenizer.languages["de"] in d.prompt for d in asked)
+    each, _ = run(70, DecodeOptions(language="window"), tokenizer, lambda _: (said, GOOD, 0.0))
+    assert {s.language for s in each.segments} == {"de"}
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"language": "xx"}, "xx"),
+        ({"beam_size": 5}, "beam_size"),
+        ({"hotwords": "a"}, "hotwords"),
+        ({"chunk_length_s": 31}, "31"),
+        ({"clip_timestamps": (1.0,)}, "clip_timestamps"),
+        ({"algorithm": "sequential", "hallucination_silence_threshold": 1.0}, "word"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(tokenizer: Tokenizer, options: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        check_options(DecodeOptions(**options), tokenizer)
+
+
+def test_values_that_are_no_numbers(tokenizer: Tokenizer) -> None:
+    with pytest.raises(NonFiniteError):
+        run(6, EN, tokenizer, lambda _: ([at(0)], float("nan"), 0.0))
+
+
+def test_compression_ratio() -> None:
+    assert compression_ratio("again " * 50) > 10
+    assert compression_ratio("a short plain sentence") < 1.5
