@@ -1,0 +1,437 @@
+"""Any container or codec → mono 16 kHz int16, streamed; the only file that knows a codec.
+
+The same bytes give the same samples on every try: content alone decides what a file is, never its name, and one
+thread decodes. libav reads from a file object of ours and can open nothing else, so a playlist reads nothing.
+
+- Track: the audio stream libav calls best (`av_find_best_stream`), the same on every run.
+- Channels (`mix`): their average, over blocks of one second. Where the channels cancel each other in a block, the
+  louder channel is used and the stream flagged `channel_cancelled`.
+- A packet that cannot be decoded is left out (`damaged_packets`); where the timestamps leap over 0.2 s to 60 s, lost
+  or never recorded, silence stands for it (`gap_filled`), so that later times stay true.
+- Where a header promises more than there is, or reading ends in an error, `DamagedAudioError` comes after the last
+  sample. Ogg, ADTS, CAF, W64 and MP3 without a Xing header promise nothing: a cut there cannot be told from an end.
+- A slice that reaches beyond the end is flagged `slice_beyond_end`.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+import av
+import numpy as np
+from av.stream import Discard
+from numpy.typing import NDArray
+
+from pipeline.errors import (
+    ConfigError,
+    DamagedAudioError,
+    EmptyAudioError,
+    NoAudioStreamError,
+    TooLongError,
+)
+from pipeline.manifest import filesystem, public_uri, source_error
+from pipeline.types import SAMPLE_RATE, Pcm, Recording, seconds
+
+# Demuxers that may be used: files of sound or film that hold their own media. Playlists, network sessions, images,
+# subtitles and devices are not among them.
+FORMATS = (
+    "aa,aac,ac3,aiff,amr,ape,asf,au,avi,caf,dsf,dss,dts,dtshd,dv,eac3,flac,flv,gsm,iff,ircam,loas,matroska,mov,mp3,mpc"
+    ",mpc8,mpeg,mpegts,mxf,nistsphere,nut,ogg,oma,paf,pvf,qcp,rm,shn,sox,tak,truehd,tta,voc,vqf,w64,wav,webm,wtv,wv"
+    ",xwma"
+)
+# Of these a header with no sound behind it is a whole recording of no length; of others it is a file cut short.
+_HEADER_IS_ALL = {"aiff", "caf", "flac", "wav"}
+_PROMISES = {"aiff", "au", "flac", "mov,mp4,m4a,3gp,3g2,mj2", "wv"}  # the exact length
+_PCM_SEEKS = {"aiff", "au", "caf", "w64", "wav"}  # exact to the sample where the codec is PCM
+
+READ_AHEAD = 4 << 20  # bytes asked of a remote store at a time
+_AV_BUFFER = 128 << 10  # bytes libav asks of us at a time
+_HEAD = 64 << 10  # bytes looked at for what libav does not tell
+_READ_ERRORS = 16  # in a row, until reading is given up
+_SHORT = 0.1  # seconds that may be missing at the end: encoders round
+_LEAST_GAP, _MOST_GAP = 0.2, 60.0  # seconds; less is jitter, more is a new start of the clock
+_RATES = range(1_000, 3_000_001)  # Hz; others are damage, and cost memory to resample
+
+
+def open_audio(recording: Recording, *, channels: str, max_audio_s: int) -> AudioStream:
+    """The sound of a recording. Raises an `AudioError` where it cannot be had, `ConfigError` for `channels`."""
+    if channels != "mix":
+        raise ConfigError(f"channels: {channels!r} is not supported yet; mix is")
+    return AudioStream(recording, max_audio_s)
+
+
+class AudioStream:
+    """Blocks of a recording's samples, to be iterated once: int16 [n], n ≤ 16,000, mono, 16 kHz.
+
+    An `AudioError` may come after any block. `flags` is complete when the blocks are. Memory does not grow with length.
+    """
+
+    def __init__(self, recording: Recording, max_audio_s: int) -> None:
+        self.flags: set[str] = set()
+        self.attempts = 1  # a store's own library asks again where that helps
+        self._recording = recording
+        self._name = public_uri(recording.uri)
+        self._max_s = max_audio_s
+        self._damage: str | None = None  # what libav said of the first packet it could not decode
+        self._cut: str | None = None  # what it said when it could not read on
+        self._source = _Source(recording.uri)
+        try:
+            self._open()
+        except BaseException:
+            self._source.close()
+            raise
+
+    def __enter__(self) -> AudioStream:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._container.close()
+        self._source.close()
+
+    def __iter__(self) -> Iterator[Pcm]:
+        offset, length = self._recording.offset or 0, self._recording.length
+        stop = None if length is None else offset + length
+        position = self._seek(offset)
+        done = 0
+        for block in self._blocks():
+            part = block[max(offset - position, 0) : None if stop is None else max(stop - position, 0)]
+            position += len(block)
+            done += len(part)
+            if done > self._max_s * SAMPLE_RATE:
+                raise self._too_long()
+            if len(part):
+                yield part
+            if stop is not None and position >= stop:
+                return
+        self._check_end(position)
+        wanted = offset + 1 if stop is None else stop - _SHORT * SAMPLE_RATE
+        if self._recording.offset is not None and position < wanted:
+            self.flags.add("slice_beyond_end")
+
+    # ---- opening
+
+    def _open(self) -> None:
+        if not self._source.head:
+            raise EmptyAudioError(f"{self._name}: the file is empty (0 bytes)")
+        try:
+            self._container = av.open(
+                self._source,
+                mode="r",
+                container_options={"format_whitelist": FORMATS, "protocol_whitelist": "none"},
+                metadata_errors="replace",
+                buffer_size=_AV_BUFFER,
+                io_open=_refuse,
+            )
+        except (av.FFmpegError, ValueError) as error:
+            self._source.check()
+            refused = getattr(error, "errno", None) == errno.EINVAL  # a format that is not among ours
+            reason = "its content is of no known format" if refused else _reason(error)
+            raise DamagedAudioError(f"{self._name}: no audio file that can be read ({reason})") from None
+        try:
+            self._choose_track()
+        except BaseException:
+            self._container.close()
+            raise
+
+    def _choose_track(self) -> None:
+        self._source.check()
+        stream = self._container.streams.best("audio")
+        if stream is None:
+            raise NoAudioStreamError(f"{self._name}: no audio in this file")
+        if stream.codec_context is None:
+            raise DamagedAudioError(f"{self._name}: no decoder for its audio codec")
+        for other in self._container.streams:
+            if other.index != stream.index:
+                other.discard = Discard.all  # a film's pictures are not even fetched
+        stream.codec_context.thread_count = 1
+        self._stream = stream
+        self._promised_s = self._promise()
+        if self._recording.offset is None and self._promised_s is not None and self._promised_s > self._max_s:
+            raise self._too_long()
+
+    def _promise(self) -> float | None:
+        """The length in seconds that the header states, where its format states it exactly."""
+        container, stream, head = self._container, self._stream, self._source.head
+        form, alone = container.format.name, len(container.streams) == 1
+        if form == "wav":  # libav shortens the header's length to the file's
+            return _wav_seconds(head) if stream.codec_context.name.startswith("pcm_") else None
+        if form == "matroska,webm":
+            exact = alone and container.duration and (container.start_time or 0) < _SHORT * av.time_base
+            return container.duration / av.time_base if exact else None
+        known = form in _PROMISES or (form == "mp3" and _XING.search(head) is not None)
+        return float(stream.duration * stream.time_base) if known and stream.duration is not None else None
+
+    def _seek(self, offset: int) -> int:
+        """Skip what lies before `offset` where that is exact; return the sample decoding begins at.
+
+        One second earlier, on a whole second: the resampler then gives what it gives without a seek.
+        """
+        second = offset // SAMPLE_RATE - 1
+        exact = self._container.format.name in _PCM_SEEKS and self._stream.codec_context.name.startswith("pcm_")
+        if second < 1 or not exact:
+            return 0
+        if self._stream.duration is not None and second >= self._stream.duration * self._stream.time_base:
+            return 0  # beyond the end: reading through tells how long it is
+        try:
+            self._container.seek(round(second / self._stream.time_base), stream=self._stream)
+        except av.FFmpegError as error:
+            self._source.check()
+            raise DamagedAudioError(f"{self._name}: cannot be read at {second} s ({_reason(error)})") from None
+        return second * SAMPLE_RATE
+
+    # ---- packets → frames → blocks
+
+    def _packets(self) -> Iterator[Any]:
+        errors = 0
+        while True:
+            try:
+                for packet in self._container.demux(self._stream):
+                    self._source.check()
+                    errors = 0
+                    yield packet
+                self._source.check()
+                return
+            except av.FFmpegError as error:
+                self._source.check()
+                errors += 1
+                if errors == _READ_ERRORS:
+                    self._cut = _reason(error)
+                    return
+
+    def _frames(self) -> Iterator[Any]:
+        for packet in self._packets():
+            try:
+                yield from packet.decode()
+            except av.error.EOFError:
+                continue  # flushed twice, after an error in reading
+            except av.FFmpegError as error:
+                self.flags.add("damaged_packets")
+                self._damage = self._damage or _reason(error)
+
+    def _blocks(self) -> Iterator[Pcm]:
+        """Mono samples in blocks that begin on whole seconds, unless a gap or a new format comes between."""
+        mixer, clock = _Mixer(self.flags), _Clock()
+        resampler, form = None, None
+        for frame in self._frames():
+            gap = clock.gap_before(frame)
+            if gap or form != _form(frame):
+                yield from self._resampled(resampler, None, mixer)
+                yield from self._silence(gap)
+                form = _form(frame)
+                resampler = self._resampler(frame)
+            frame.pts = None
+            yield from self._resampled(resampler, frame, mixer)
+        yield from self._resampled(resampler, None, mixer)
+
+    def _resampler(self, frame: Any) -> Any:
+        if frame.sample_rate not in _RATES:
+            raise DamagedAudioError(f"{self._name}: a sample rate of {frame.sample_rate} Hz")
+        # Interleaved: PyAV 18.1 reads past the planes of a planar frame that has eight channels or more, and crashes.
+        return av.AudioResampler(format="s16", layout=frame.layout, rate=SAMPLE_RATE, frame_size=SAMPLE_RATE)
+
+    def _resampled(self, resampler: Any, frame: Any, mixer: _Mixer) -> Iterator[Pcm]:
+        """What the resampler has ready with `frame` (None: all that is left in it), mixed."""
+        try:
+            ready = resampler.resample(frame) if resampler is not None else []
+        except (av.FFmpegError, ValueError) as error:
+            raise DamagedAudioError(f"{self._name}: its samples cannot be converted ({_reason(error)})") from None
+        for block in ready:
+            yield mixer.mix(block.to_ndarray().reshape(block.samples, -1).T)
+
+    def _silence(self, gap_s: float) -> Iterator[Pcm]:
+        left = round(gap_s * SAMPLE_RATE)
+        if left:
+            self.flags.add("gap_filled")
+        while left:
+            block = np.zeros(min(left, SAMPLE_RATE), np.int16)
+            left -= len(block)
+            yield block
+
+    # ---- the end
+
+    def _check_end(self, position: int) -> None:
+        """Raise where the sound ended too early: `position` samples were decoded, or skipped in seeking."""
+        if position == 0 and self._damage:
+            raise DamagedAudioError(f"{self._name}: no packet of it can be decoded ({self._damage})")
+        if self._cut:
+            raise DamagedAudioError(f"{self._name}: reading fails after {seconds(position):.1f} s ({self._cut})")
+        promised = self._promised_s
+        if promised is not None and seconds(position) < promised - _SHORT:
+            raise DamagedAudioError(
+                f"{self._name}: ends after {seconds(position):.1f} s of the {promised:.1f} s that its header promises"
+            )
+        if position == 0 and promised is None and self._container.format.name not in _HEADER_IS_ALL:
+            raise DamagedAudioError(f"{self._name}: ends after its header")
+
+    def _too_long(self) -> TooLongError:
+        return TooLongError(f"{self._name}: longer than max_audio_s ({self._max_s} s)")
+
+
+class _Source:
+    """The bytes of a recording for libav: seekable, and it remembers what its store raised.
+
+    libav takes an error in reading for the end of the file, or hides it; whoever calls libav calls `check` after.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+        self._error: BaseException | None = None
+        try:
+            self._fs, self._path = filesystem(uri)
+            self._file = self._fs.open(self._path, "rb", block_size=READ_AHEAD, cache_type="readahead")
+            if not self._file.seekable() or getattr(self._file, "size", 0) is None:  # a server that states no length
+                self._file = _spooled(self._file)
+        except Exception as error:  # every store's library has exceptions of its own
+            raise source_error(error, uri) from None
+        self.head = self.read(_HEAD)
+        self.seek(0)
+        try:
+            self.check()
+        except BaseException:
+            self.close()
+            raise
+
+    def read(self, size: int) -> bytes:
+        if self._error is not None:
+            return b""
+        try:
+            try:
+                return bytes(self._file.read(size))
+            except ValueError:  # an HTTP server that answers no ranges
+                self._start_over()
+                return bytes(self._file.read(size))
+        except BaseException as error:  # also an interrupt, which libav would swallow
+            self._error = error
+            return b""
+
+    def _start_over(self) -> None:
+        at = self._file.tell()
+        self._file.close()
+        self._file = _spooled(self._fs.open(self._path, "rb", block_size=0))
+        self._file.seek(at)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        try:
+            return int(self._file.seek(offset, whence))
+        except (OSError, ValueError):  # a damaged file may point anywhere; libav understands -1
+            return -1
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def close(self) -> None:
+        self._file.close()
+
+    def check(self) -> None:
+        """Raise what the store raised while libav was reading."""
+        if isinstance(self._error, Exception):
+            raise source_error(self._error, self._uri) from None
+        if self._error:
+            raise self._error
+
+
+def _spooled(file: Any) -> Any:
+    """All of a file that can only be read forward, as a temporary one: some formats have their index at the end."""
+    spool = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the source
+    with file:
+        shutil.copyfileobj(file, spool, READ_AHEAD)
+    spool.seek(0)
+    return spool
+
+
+class _Clock:
+    """Compares the frames' timestamps with the samples that came."""
+
+    def __init__(self) -> None:
+        self._origin: float | None = None  # the timestamp at which the sound began
+        self._heard = 0.0  # seconds since, with gaps
+        self._expected = 0.0  # the next frame's timestamp
+
+    def gap_before(self, frame: Any) -> float:
+        """Seconds of silence that belong before `frame`."""
+        length = frame.samples / frame.sample_rate if frame.sample_rate else 0.0
+        gap = 0.0
+        if frame.pts is not None:
+            time = float(frame.time)
+            if self._origin is None:
+                self._origin = self._expected = time
+            leap, late = time - self._expected, time - self._origin - self._heard
+            if abs(leap) > _MOST_GAP:
+                self._origin = time - self._heard
+            elif min(leap, late) >= _LEAST_GAP:
+                gap = min(leap, late)
+            self._expected = time + length
+        self._heard += gap + length
+        return gap
+
+
+class _Mixer:
+    """Channels → one. Knows which channel it used last, so as not to change over between two alike."""
+
+    def __init__(self, flags: set[str]) -> None:
+        self._flags = flags
+        self._channel: int | None = None
+
+    def mix(self, channels: NDArray[np.int16]) -> Pcm:
+        """The average of int16 [c, n], or its louder channel where the others take most of it away.
+
+        They do where the sum has less than a tenth of the power of that channel alone: 16 dB down for two.
+        """
+        if len(channels) == 1:
+            first: Pcm = channels[0]
+            return first
+        total = channels.sum(axis=0, dtype=np.int32)
+        power = np.square(channels, dtype=np.float64).mean(axis=1)
+        loudest = power.max()
+        if loudest <= 64 or np.square(total, dtype=np.float64).mean() >= loudest / 10:  # 64: -72 dBFS, silence
+            self._channel = None
+            mean: Pcm = np.rint(total / len(channels)).astype(np.int16)
+            return mean
+        if self._channel is None or self._channel >= len(power) or power[self._channel] < loudest / 4:
+            self._channel = int(power.argmax())
+        self._flags.add("channel_cancelled")
+        return np.ascontiguousarray(channels[self._channel])
+
+
+def _form(frame: Any) -> tuple[str, str, int]:
+    return frame.format.name, frame.layout.name, frame.sample_rate
+
+
+def _refuse(url: str, flags: int, options: dict[str, str]) -> Any:
+    """libav's way to open another file than the one it was given."""
+    raise PermissionError("a file that refers to others")
+
+
+def _reason(error: BaseException) -> str:
+    """What libav said, without the parts that name no cause."""
+    text = getattr(error, "strerror", None) or str(error)
+    return text.splitlines()[0][:200] if text else type(error).__name__
+
+
+# The frame that tells an MP3's length, with the flag that it does.
+_XING = re.compile(rb"(?:Xing|Info)\0\0\0[\x01\x03\x05\x07\x09\x0b\x0d\x0f]")
+
+
+def _wav_seconds(head: bytes) -> float | None:
+    """The length that a WAV header states; None where it states none (written to a pipe) or is not simple."""
+    if head[:4] != b"RIFF" or head[8:12] != b"WAVE":
+        return None
+    byte_rate, at = 0, 12
+    while at + 8 <= len(head):
+        name, size = struct.unpack_from("<4sI", head, at)
+        if name == b"fmt " and at + 20 <= len(head):
+            (byte_rate,) = struct.unpack_from("<I", head, at + 16)
+        if name == b"data":
+            return size / byte_rate if byte_rate and 0 < size < 0x7FFF0000 else None
+        at += 8 + size + size % 2
+    return None

@@ -1,0 +1,564 @@
+"""Every kind of INPUT on any fsspec store → Recordings, streamed, each id once.
+
+An INPUT is a manifest (`.jsonl`, `.csv`, `.parquet`), a folder, a glob, or an audio file. A manifest's line names
+its audio under `audio_filepath` (or `uri`, `path`, `audio`), relative to the manifest's own folder; `id`, `duration`,
+`offset`, `text`, `language`, `task` and `initial_prompt` are known, and every other key travels in `metadata`.
+
+A local file's uri is its absolute path, whether it was named relatively, absolutely or as `file://`; every other uri
+is kept as it was given. The default id is the uri without secrets. This module opens no audio: a row that names
+a file which is not there costs that recording only, later.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import functools
+import hashlib
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import posixpath
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from pipeline.errors import AudioError, ForbiddenError, ManifestError, NotFoundError, SourceError, redact
+from pipeline.types import Recording, Task, samples
+
+logger = logging.getLogger(__name__)
+
+# What a folder or a glob is searched for. A file named outright may have any other name: its content decides.
+AUDIO_EXTENSIONS = frozenset(
+    ".3g2 .3gp .aac .ac3 .aif .aifc .aiff .amr .ape .asf .au .avi .caf .dts .eac3 .flac .flv .m2ts .m4a .m4b .m4v .mka"
+    " .mkv .mov .mp2 .mp3 .mp4 .mpeg .mpg .mts .mxf .oga .ogg .ogv .opus .ra .rm .snd .spx .sph .tak .ts .tta .vob .voc"
+    " .w64 .wav .wave .webm .wma .wmv .wv".split()
+)
+_TARS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_NO_AUDIO = frozenset(".arrow .bz2 .gz .json .md .ndjson .tsv .txt .xlsx .xz .yaml .yml .zip .zst".split())
+
+AUDIO_KEYS = ("audio_filepath", "uri", "path", "audio")
+_KEYS = {*AUDIO_KEYS, "id", "duration", "offset", "text", "language", "task", "initial_prompt"}
+_MAX_LINE = 64 << 20  # bytes; a longer one is no line of a manifest but another kind of file
+_MAX_SECONDS = 1e9  # 31 years: no offset or duration of a recording
+
+Row = tuple[int, dict[str, Any]]  # its line (or row) counted from 1, its keys
+
+
+def read_inputs(inputs: Sequence[str]) -> Iterator[Recording]:
+    """The Recordings of all `inputs`, in order. Raises `ManifestError` at the first thing that is wrong.
+
+    Rows are read as they are asked for; what stays in memory is some 150 bytes an id, to refuse the second of two.
+    A folder or a glob is listed at once, since it is sorted.
+    """
+    if not inputs:
+        raise ManifestError("no input was given")
+    ids = _Ids()
+    for text in inputs:
+        for name, line, recording in _read_input(text):
+            ids.add(recording.id, name, line)
+            yield recording
+
+
+# ---- addresses and stores
+
+# Azure names the container before the @ of a host; elsewhere a user and a password stand there.
+_USER = re.compile(r"(?!(?:abfss?|adl|az|wasbs?):)([a-z][a-z0-9+.-]*://)[^/?#]*@", re.IGNORECASE)
+_SIGNING = re.compile(
+    r"x-(amz|goog|oss|cos|ms)-.*|awsaccesskeyid|googleaccessid|ossaccesskeyid|signature|expires|policy|key-pair-id"
+    r"|sig|.*token|api_?key|hdn(ea|ts|tl)|q-(sign|ak|key|header|url|signature).*",
+    re.IGNORECASE,
+)
+_SHARED_ACCESS = re.compile(  # Azure's short names, which mean this only beside `sig`
+    r"s[eiprstv]|srt|spr|sip|sdd|ses|sk(oid|tid|[estv])|saoid|suoid|scid|rsc[cdelt]", re.IGNORECASE
+)
+
+
+def public_uri(uri: str) -> str:
+    """`uri` without user info and signing parameters: for tables, logs and messages."""
+    has_query = any(_is_http(part) for part in uri.split("::"))  # elsewhere a ? is part of the name
+    return "::".join(_public(part, has_query) for part in uri.split("::"))
+
+
+def default_id(uri: str) -> str:
+    """The id of a recording that was given none."""
+    return public_uri(uri)
+
+
+def filesystem(uri: str) -> tuple[Any, str]:
+    """The fsspec filesystem that `uri` lies on, and its path there; a local path is absolute.
+
+    Credentials come from the environment, as each filesystem's library reads them. Raises what that library raises.
+    """
+    fs, path = fsspec.core.url_to_fs(uri, **_http_options(uri))
+    return fs, os.path.abspath(path) if isinstance(fs, LocalFileSystem) else path
+
+
+def source_error(error: BaseException, uri: str) -> AudioError:
+    """Why the bytes at `uri` cannot be had, as one line without secrets; `error` is what its store raised."""
+    name = public_uri(uri)
+    cause = error.__cause__ if _is_http(uri) and error.__cause__ is not None else error
+    status = getattr(cause, "status", None)
+    if status in (404, 410) or (status is None and isinstance(cause, FileNotFoundError)):
+        return NotFoundError(f"{name}: not found")
+    if status in (401, 403) or (status is None and isinstance(cause, PermissionError)):
+        return ForbiddenError(f"{name}: access refused")
+    if status is not None:
+        return SourceError(f"{name}: the server answered {status}")
+    lines = redact(str(cause)).strip().splitlines()
+    return SourceError(f"{name}: cannot be read ({': '.join([type(cause).__name__, *lines[:1]])})")
+
+
+def _public(part: str, has_query: bool) -> str:
+    user = _USER.match(part)
+    if user:
+        part = user[1] + part[user.end() :]
+    address, mark, query = part.partition("?")
+    if not mark or not has_query:
+        return part
+    parameters = [(parameter.partition("=")[0], parameter) for parameter in query.split("&")]
+    shared_access = any(key.lower() == "sig" for key, _ in parameters)
+    kept = [
+        parameter
+        for key, parameter in parameters
+        if not _SIGNING.fullmatch(key) and not (shared_access and _SHARED_ACCESS.fullmatch(key))
+    ]
+    return address + (mark + "&".join(kept) if kept else "")
+
+
+def _is_http(uri: str) -> bool:
+    return uri.partition("://")[0].lower().endswith(("http", "https"))
+
+
+def _http_options(uri: str) -> dict[str, Any]:
+    """No limit on the whole of a download, which may take hours; an address that is encoded is sent as it is."""
+    if not uri.lower().startswith(("http://", "https://")):
+        return {}
+    import aiohttp
+
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
+    return {"client_kwargs": {"timeout": timeout}, "encoded": uri.isascii() and "%" in uri and " " not in uri}
+
+
+def _suffix(uri: str) -> str:
+    """The lower-case extension of a path or an address, with its dot; empty where there is none."""
+    path = uri.split("::")[0]
+    path = path.partition("?")[0] if _is_http(path) else path
+    return posixpath.splitext(path)[1].lower()
+
+
+# ---- inputs
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """An input and where it lies."""
+
+    name: str  # for messages: as it was given, without secrets
+    uri: str
+    fs: Any
+    path: str
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.fs, LocalFileSystem)
+
+    def child(self, path: str) -> str:
+        """The uri of another path on the same filesystem."""
+        first, *outer = self.uri.split("::")
+        if self.is_local or _is_http(first):
+            return path
+        return "::".join([f"{first.partition('://')[0]}://{path}", *outer])
+
+
+@dataclass(slots=True)
+class _Ids:
+    """Where each id was given. Ten million of them fit in memory: a digest and a number each."""
+
+    names: list[str] = field(default_factory=list)
+    places: dict[int, int] = field(default_factory=dict)  # 96 bits of a digest → index into names x 2^40 + line
+
+    def add(self, recording_id: str, name: str, line: int) -> None:
+        if not self.names or self.names[-1] != name:
+            self.names.append(name)
+        digest = int.from_bytes(hashlib.blake2b(recording_id.encode(), digest_size=12).digest())
+        place = (len(self.names) - 1 << 40) + line
+        first = self.places.setdefault(digest, place)
+        if first != place:
+            earlier = _where(self.names[first >> 40], first & (1 << 40) - 1)
+            raise ManifestError(
+                f"the id {_short(recording_id)} is given twice: {earlier} and {_where(name, line)}"
+                " (slices of one file need ids of their own)"
+            )
+
+
+def _where(name: str, line: int) -> str:
+    return f"{name}:{line}" if line else name
+
+
+def _short(value: Any) -> str:
+    text = redact(repr(value))
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+@contextmanager
+def _refusals(name: str) -> Iterator[None]:
+    """What a store's library raises becomes a `ManifestError`; each has its own exceptions."""
+    try:
+        yield
+    except ManifestError:
+        raise
+    except Exception as error:
+        raise ManifestError(str(source_error(error, name))) from None
+
+
+def _read_input(text: str) -> Iterator[tuple[str, int, Recording]]:
+    """(name of the manifest or input, line or 0, Recording)"""
+    name = public_uri(text)
+    if text.lower().endswith(_TARS):
+        raise ManifestError(f"{name}: tar shards are not supported yet")
+    with _refusals(text):
+        place = _Place(name, text, *filesystem(text))
+        if _is_pattern(place):
+            yield from _read_glob(place)
+        else:
+            yield from _read_one(place)
+
+
+def _is_pattern(place: _Place) -> bool:
+    if _is_http(place.uri):
+        return "*" in place.path.partition("?")[0]
+    return any(mark in place.path for mark in "*?[") and not place.fs.exists(place.path)
+
+
+def _read_one(place: _Place) -> Iterator[tuple[str, int, Recording]]:
+    place.fs.invalidate_cache()  # s3fs and others remember listings; files may have come since
+    info = place.fs.info(place.path)
+    suffix = _suffix(place.uri)
+    if info["type"] == "directory" or (_is_http(place.uri) and place.uri.endswith("/")):
+        yield from _read_folder(place)
+    elif suffix in _READERS:
+        yield from _read_manifest(place)
+    elif suffix in _NO_AUDIO:
+        raise ManifestError(f"{place.name}: neither a manifest (.jsonl, .csv, .parquet) nor an audio file")
+    else:
+        yield place.name, 0, _found(place, place.path if place.is_local else place.uri, info)
+
+
+def _read_folder(place: _Place) -> Iterator[tuple[str, int, Recording]]:
+    yield from _listed(place, place.fs.find(place.path, detail=True), place.path, AUDIO_EXTENSIONS)
+
+
+def _read_glob(place: _Place) -> Iterator[tuple[str, int, Recording]]:
+    """The audio files and manifests that match."""
+    place.fs.invalidate_cache()
+    found = place.fs.glob(place.path, detail=True)
+    if not found:
+        raise ManifestError(f"{place.name}: nothing matches")
+    root = posixpath.dirname(re.split(r"[*?[]", place.path, maxsplit=1)[0])
+    yield from _listed(place, found, root, AUDIO_EXTENSIONS | _READERS.keys())
+
+
+def _listed(
+    place: _Place, found: Mapping[str, Mapping[str, Any]], root: str, wanted: frozenset[str]
+) -> Iterator[tuple[str, int, Recording]]:
+    """What of a listing is `wanted`, sorted by path; the rest is counted and said."""
+    others: Counter[str] = Counter()
+    chosen = []
+    for path, info in sorted(found.items()):
+        reason = _left_out(place.fs, path, info, root, wanted)
+        if reason is None:
+            chosen.append(path)
+        else:
+            others[reason] += 1
+    counts = ", ".join(f"{count} {reason}" for reason, count in sorted(others.items()))
+    if not chosen:
+        raise ManifestError(f"{place.name}: no audio files" + (f", only others ({counts})" if counts else ""))
+    if others:
+        logger.warning("%s: %d files taken, %d others left out (%s)", place.name, len(chosen), others.total(), counts)
+    for path in chosen:
+        uri = place.child(path)
+        if _suffix(path) in _READERS:
+            yield from _read_manifest(_Place(public_uri(uri), uri, place.fs, path))
+        else:
+            yield place.name, 0, _found(place, uri, found[path])
+
+
+def _left_out(fs: Any, path: str, info: Mapping[str, Any], root: str, wanted: frozenset[str]) -> str | None:
+    """Why a listed path is no input, in a word for the count; None if it is one."""
+    if info["type"] == "directory":
+        return "folder"
+    if info["type"] == "other" and not fs.isfile(path):  # a symbolic link, and not one to a file
+        return "link to a folder" if fs.isdir(path) else "broken link"
+    if "/." in path.removeprefix(root):
+        return "hidden"
+    return None if _suffix(path) in wanted else _suffix(path) or "without extension"
+
+
+def _found(place: _Place, uri: str, info: Mapping[str, Any]) -> Recording:
+    try:
+        uri.encode()
+    except UnicodeEncodeError:
+        raise ManifestError(f"{place.name}: the file name {_short(uri)} is not UTF-8; rename it") from None
+    etag = info.get("ETag") or info.get("etag")
+    return Recording(
+        id=default_id(uri),
+        uri=uri,
+        source=place.name,
+        size=info.get("size"),
+        etag=str(etag).strip('"') if etag else None,
+    )
+
+
+# ---- manifests
+
+
+def _read_manifest(place: _Place) -> Iterator[tuple[str, int, Recording]]:
+    base = posixpath.dirname(place.path) if place.is_local else _folder_of(place.uri)
+    with place.fs.open(place.path, "rb") as file:
+        for line, row in _READERS[_suffix(place.uri)](file, place.name):
+            where = _where(place.name, line)
+            try:
+                recording = _recording(row, base, where)
+            except ValueError as error:
+                raise ManifestError(f"{where}: {error}") from None
+            yield place.name, line, recording
+
+
+def _lines(file: Any, name: str) -> Iterator[tuple[int, str]]:
+    """The lines of a UTF-8 file with their line ends, counted from 1."""
+    with io.BufferedReader(file, 1 << 20) as reader:
+        for line in itertools.count(1):
+            raw = reader.readline(_MAX_LINE + 1)
+            if not raw:
+                return
+            if len(raw) > _MAX_LINE:
+                raise ManifestError(f"{name}:{line}: longer than {_MAX_LINE >> 20} MiB")
+            try:
+                yield line, (raw.removeprefix(codecs.BOM_UTF8) if line == 1 else raw).decode()
+            except UnicodeDecodeError as error:
+                raise ManifestError(f"{name}:{line}: not UTF-8 (byte {error.start + 1} of the line)") from None
+
+
+def _jsonl_rows(file: Any, name: str) -> Iterator[Row]:
+    for line, text in _lines(file, name):
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+            if "\\u" in text:  # may spell half a surrogate pair, which no table can hold
+                json.dumps(row, ensure_ascii=False).encode()
+        except (ValueError, RecursionError) as error:
+            cut = "" if text.endswith("\n") else "; is the file cut off?"
+            raise ManifestError(f"{name}:{line}: not JSON ({error}){cut}") from None
+        if not isinstance(row, dict):
+            raise ManifestError(f"{name}:{line}: a JSON object was expected, not {_short(row)}")
+        yield line, row
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError(f"key {Counter(key for key, _ in pairs).most_common(1)[0][0]!r} twice")
+    return row
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is no JSON number")
+
+
+def _csv_rows(file: Any, name: str) -> Iterator[Row]:
+    """Rows by the line they begin on. An empty cell of a known column is a missing one; every value is text."""
+    csv.field_size_limit(_MAX_LINE)  # the module's own limit, 128 KiB, is for the whole process
+    reader = csv.reader((text for _, text in _lines(file, name)), strict=True)
+    header: list[str] | None = None
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise ManifestError(f"{name}:{line}: not CSV ({error})") from None
+        if not cells:
+            continue
+        if header is None:
+            header = _csv_header(cells, f"{name}:{line}")
+        elif len(cells) != len(header):
+            raise ManifestError(f"{name}:{line}: {len(cells)} cells where the header has {len(header)}")
+        else:
+            row = dict(zip(header, cells, strict=True))
+            yield line, {key: value for key, value in row.items() if value or key not in _KEYS}
+
+
+def _csv_header(cells: list[str], where: str) -> list[str]:
+    header = [cell.strip() for cell in cells]
+    if "" in header or len(set(header)) < len(header):
+        raise ManifestError(f"{where}: a column without a name, or two of one name")
+    if not set(header) & set(AUDIO_KEYS):
+        raise ManifestError(f"{where}: no column {' or '.join(AUDIO_KEYS)}; is the first line the header?")
+    return header
+
+
+def _parquet_rows(file: Any, name: str) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.ParquetFile(file)
+        for column in table.schema_arrow:
+            if column.name in AUDIO_KEYS and pa.types.is_struct(column.type):
+                raise ManifestError(f"{name}: audio inside Parquet (column {column.name!r}) is not supported yet")
+        rows = (row for batch in table.iter_batches(1024) for row in batch.to_pylist())
+        for line, row in enumerate(rows, 1):
+            yield line, {key: None if _is_nan(value) else value for key, value in row.items()}
+    except pa.ArrowException as error:
+        raise ManifestError(f"{name}: not Parquet ({str(error).splitlines()[0]})") from None
+
+
+def _is_nan(value: Any) -> bool:
+    """Whether a table's value is the NaN that pandas and others write for a missing number."""
+    return isinstance(value, float) and math.isnan(value)
+
+
+_READERS: dict[str, Callable[[Any, str], Iterator[Row]]] = {
+    ".jsonl": _jsonl_rows,
+    ".csv": _csv_rows,
+    ".parquet": _parquet_rows,
+}
+
+
+# ---- one line
+
+
+def _recording(row: Mapping[str, Any], base: str, where: str) -> Recording:
+    """The Recording of one line. Raises `ValueError`, its text saying what is wrong with the line."""
+    uri = _resolve(_audio_of(row), base)
+    duration, offset = _seconds(row, "duration"), _seconds(row, "offset")
+    is_slice = offset is not None
+    return Recording(
+        id=_id(row) or default_id(uri),
+        uri=uri,
+        source=where,
+        duration_s=duration,
+        offset=samples(offset) if offset is not None else None,
+        length=samples(duration) if is_slice and duration is not None else None,
+        reference=_text(row, "text"),
+        language=_language(row),
+        task=_task(row),
+        initial_prompt=_text(row, "initial_prompt"),
+        metadata=_metadata(row),
+    )
+
+
+def _audio_of(row: Mapping[str, Any]) -> str:
+    given = [key for key in AUDIO_KEYS if row.get(key) is not None]
+    if not given:
+        raise ValueError(f"no audio: none of {', '.join(AUDIO_KEYS)}")
+    if len(given) > 1:
+        raise ValueError(f"both {given[0]} and {given[1]}: which is the audio?")
+    value = row[given[0]]
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{given[0]}: a path or an address was expected, not {_short(value)}")
+    return value
+
+
+def _id(row: Mapping[str, Any]) -> str | None:
+    value = row.get("id")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
+        raise ValueError(f"id: a text was expected, not {_short(value)}")
+    return str(value)
+
+
+def _seconds(row: Mapping[str, Any], key: str) -> float | None:
+    value = row.get(key)
+    if value is None:
+        return None
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not 0 <= number <= _MAX_SECONDS:
+        raise ValueError(f"{key}: seconds from 0 up were expected, not {_short(value)}")
+    return number
+
+
+def _text(row: Mapping[str, Any], key: str) -> str | None:
+    value = row.get(key)
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{key}: a text was expected, not {_short(value)}")
+    return value
+
+
+def _language(row: Mapping[str, Any]) -> str | None:
+    language = _text(row, "language")
+    if language is not None and not language.strip():
+        raise ValueError("language: a code such as 'en' was expected, not an empty text")
+    return None if language is None else language.strip().lower()
+
+
+def _task(row: Mapping[str, Any]) -> Task | None:
+    task = row.get("task")
+    if task is None or task == "transcribe" or task == "translate":
+        return cast("Task | None", task)
+    raise ValueError(f"task: transcribe or translate was expected, not {_short(task)}")
+
+
+def _metadata(row: Mapping[str, Any]) -> str | None:
+    rest = {key: value for key, value in row.items() if key not in _KEYS}
+    return json.dumps(rest, sort_keys=True, ensure_ascii=False, allow_nan=False, default=_plain) if rest else None
+
+
+def _plain(value: Any) -> str:
+    """Dates and decimal numbers of a table, for JSON."""
+    if isinstance(value, bytes):
+        raise ValueError("metadata: a column of bytes cannot travel as JSON")
+    return str(value)
+
+
+def _resolve(value: str, base: str) -> str:
+    """The uri that a line's `value` means, in a manifest that lies in the folder `base`."""
+    scheme, mark, path = value.partition("://")
+    if mark:
+        if scheme.lower() in ("file", "local") and "::" not in value:
+            return os.path.abspath(path)
+        if unknown := [name for name in re.findall(r"([\w+.-]+)://", value) if name.lower() not in _protocols()]:
+            raise ValueError(f"nothing is known that opens {unknown[0]}://")
+        return value
+    return os.path.normpath(value) if value.startswith("/") else _join(base, value)
+
+
+@functools.cache
+def _protocols() -> frozenset[str]:
+    return frozenset(fsspec.available_protocols())
+
+
+def _folder_of(uri: str) -> str:
+    """s3://b/m/a.jsonl → s3://b/m; the query of an address, a signature usually, is the manifest's alone."""
+    first, *outer = uri.split("::")
+    first = first.partition("?")[0] if _is_http(first) else first
+    scheme, _, path = first.partition("://")
+    return "::".join([f"{scheme}://{posixpath.dirname(path)}", *outer])
+
+
+def _join(base: str, relative: str) -> str:
+    first, *outer = base.split("::")
+    scheme, mark, folder = first.partition("://")
+    if not mark:
+        return os.path.normpath(os.path.join(base, relative))
+    path = f"{folder}/{relative}" if folder else relative
+    if {".", ".."} & set(relative.split("/")):  # otherwise kept: "a//b" is a name of its own in an object store
+        host, _, path = path.partition("/")
+        path = f"{host}{posixpath.normpath('/' + path)}"
+    return "::".join([f"{scheme}://{path}", *outer])
