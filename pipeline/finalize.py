@@ -1,0 +1,348 @@
+"""The ledger made into tables that anyone can read: `segments/`, `words/`, `recordings/`, and `_SUCCESS`.
+
+    pin a snapshot → `_SUCCESS` says what is being replaced → one file a table and shard → `_SUCCESS` says what is there
+
+A shard holds the recordings whose id hashes to it, so a file's name never changes and only shards in which something
+was committed are written again. May be run at any time, also while a run goes on, and killed at any time: the next
+one starts from the same snapshot or a newer one. Only whole recordings are published. The law is checked at the end
+on what the tables hold: inputs = ok + failed + skipped (+ missing), no id twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline import ledger as ledgers
+from pipeline import schema
+from pipeline.errors import OutputHeldError, StoreError, failure_of
+from pipeline.lease import FINALIZE_LEASE, Lease, holds
+from pipeline.ledger import Ledger
+from pipeline.output import SUCCESS, Output, newest_inputs, read_input_ids
+from pipeline.stitch import stitch
+from pipeline.store import THREADS, Store
+from pipeline.types import Skip, Transcript, UnitResult
+
+log = logging.getLogger(__name__)
+
+SCHEMAS = {"segments": schema.SEGMENTS, "words": schema.WORDS, "recordings": schema.RECORDINGS}
+FORMAT = 1  # of the tables: a change here makes every shard be written again
+_ROWS_PER_GROUP = 20_000
+
+Files = dict[str, dict[str, Any]]  # path → rows, bytes, sha256
+
+
+@dataclass(frozen=True, slots=True)
+class Success:
+    """`_SUCCESS`: what lies in the tables."""
+
+    complete: bool  # every input of the newest run is in them
+    rewriting: list[int]  # shards whose files are being replaced, by now or when the last writer was killed
+    counts: dict[str, int]  # inputs, ok, failed, skipped, missing: of the newest run; unlisted: in no list any more
+    audio_s: float  # of all recordings in the tables
+    model: str
+    model_revision: str | None
+    options_fingerprint: str
+    snapshot: int
+    n_shards: int
+    winners: dict[str, str]  # shard → hash of the names of the objects that its files were made of
+    files: Files
+    format: int = FORMAT
+
+    def to_bytes(self) -> bytes:
+        return json.dumps(asdict(self), indent=1, sort_keys=True, ensure_ascii=False).encode()
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """What every shard is built from; small, and sent to the workers."""
+
+    output: Output
+    snapshot: int
+    leases: tuple[tuple[str, str], ...]  # name and token of those that must still be held before each put
+
+    @property
+    def store(self) -> Store:
+        return self.output.store
+
+    @property
+    def n_shards(self) -> int:
+        return self.output.run.n_shards
+
+    def paths(self, shard: int) -> dict[str, str]:
+        """Table → the file of this shard. Without word times there is one file of words, empty and typed."""
+        tables = SCHEMAS if shard == 0 or self.output.has_words else ("segments", "recordings")
+        return {table: f"{table}/part-{shard:05d}-of-{self.n_shards:05d}.parquet" for table in tables}
+
+
+def finalize(output: Output, *, use_ray: bool = True, lease: Lease | None = None, wait_s: float = 600) -> Success:
+    """Bring the tables up to what is committed, and return what `_SUCCESS` says then.
+
+    `lease`: the run's, if this is its own driver; another finalize of the same output is waited for. `use_ray`
+    builds the shards on the cluster that this process is connected to, else they are built here, one after another.
+    Raises `OutputHeldError` where a lease is lost, `StoreError` where the store refuses or a data object is damaged.
+    """
+    with Lease.acquire(output.store, FINALIZE_LEASE, wait_s=wait_s) as ours:
+        ledger = Ledger.read(output.store, output.run.n_shards)
+        held = [ours, lease] if lease else [ours]
+        build = Build(output, ledger.pin(), tuple((one.name, one.token) for one in held))
+        units = ledgers.published(ledger.winners)
+        return _bring_up(build, units, use_ray)
+
+
+def _bring_up(build: Build, units: pa.Table, use_ray: bool) -> Success:
+    before = read_success(build.store)
+    winners = _winner_hashes(units, build.n_shards)
+    touched = _touched(build, before, winners)
+    kept = {path for shard in set(range(build.n_shards)) - set(touched) for path in build.paths(shard).values()}
+    files = {path: about for path, about in (before.files if before else {}).items() if path in kept}
+    if touched:
+        untouched = {shard: value for shard, value in winners.items() if int(shard) not in touched}
+        counts, audio_s = (before.counts, before.audio_s) if before else ({}, 0.0)
+        _put(build, _success(build, False, touched, counts, audio_s, untouched, files))
+        files |= _build_on_ray(build, touched) if use_ray else _build_here(build, touched)
+    counts, audio_s = _count(build, units)
+    complete = counts["missing"] == 0 and newest_inputs(build.store) is not None
+    success = _success(build, complete, [], counts, audio_s, winners, files)
+    if success != before:
+        _put(build, success)
+    return success
+
+
+def read_success(store: Store) -> Success | None:
+    """What `_SUCCESS` says; None where there is none, or half of one."""
+    try:
+        return Success(**json.loads(store.get(SUCCESS) or b""))
+    except (ValueError, TypeError):
+        return None
+
+
+def build_shard(build: Build, shard: int) -> Files:
+    """Write the files of one shard and return what `_SUCCESS` says of them.
+
+    Holds the shard's committed rows as Arrow data, one recording as objects, and the finished files. Raises
+    `StoreError` where a data object is gone or damaged, `OutputHeldError` before a put where a lease was lost.
+    """
+    units = ledgers.read_snapshot(build.store, build.snapshot, shard)
+    paths = build.paths(shard)
+    parts = {table: _Part(SCHEMAS[table]) for table in paths}
+    for transcript in _transcripts(_committed(build.store, units)):
+        for table, part in parts.items():
+            part.add(_rows(table, transcript, build))
+    files = {}
+    for table, path in paths.items():
+        raw = parts[table].close()
+        _check_leases(build)
+        build.store.put(path, raw)
+        files[path] = {"rows": parts[table].n_rows, "bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    return files
+
+
+class _Part:
+    """One file of a table, in the making."""
+
+    def __init__(self, of: pa.Schema) -> None:
+        self._schema, self._file = of, io.BytesIO()
+        self._writer = pq.ParquetWriter(self._file, of, compression="zstd")
+        self._rows: list[schema.Row] = []
+        self.n_rows = 0
+
+    def add(self, rows: Iterable[schema.Row]) -> None:
+        self._rows.extend(rows)
+        if len(self._rows) >= _ROWS_PER_GROUP:
+            self._flush()
+
+    def close(self) -> bytes:
+        self._flush()
+        self._writer.close()
+        return self._file.getvalue()
+
+    def _flush(self) -> None:
+        if self._rows:
+            self._writer.write_table(schema.to_table(self._rows, self._schema))
+        self.n_rows += len(self._rows)
+        self._rows = []
+
+
+def _rows(table: str, transcript: Transcript, build: Build) -> Iterable[schema.Row]:
+    run = build.output.run
+    if table == "segments":
+        return schema.segment_rows(transcript)
+    if table == "words":
+        return schema.word_rows(transcript) if build.output.has_words else ()
+    row = schema.recording_row(
+        transcript, model=run.model, model_revision=run.model_revision, options_fingerprint=run.fingerprint
+    )
+    return [row]
+
+
+def _committed(store: Store, units: pa.Table) -> pa.Table:
+    """The rows of `schema.DATA` that won, sorted by recording id and index."""
+    wanted: dict[str, set[tuple[str, int]]] = {}
+    for row in units.select(["object", "recording_id", "index"]).to_pylist():
+        wanted.setdefault(row["object"], set()).add((row["recording_id"], row["index"]))
+    objects = store.get_all(ledgers.data_path(name) for name in wanted)
+    won = (_won(path, raw, its) for its, (path, raw) in zip(wanted.values(), objects, strict=True))
+    rows = pa.concat_tables([schema.DATA.empty_table(), *won]).combine_chunks()
+    return rows.take(pc.sort_indices(rows, [("recording_id", "ascending"), ("index", "ascending")]))
+
+
+def _won(path: str, raw: bytes | None, wanted: set[tuple[str, int]]) -> pa.Table:
+    """Of the data object `raw`, one row for each of the Units `wanted`. Not by their `shard`: a driver that lost the
+    race to begin the output may have counted in other shards."""
+    if raw is None:
+        raise StoreError(f"{path} is gone, and with it {len(wanted)} committed Units")
+    try:
+        table = pq.read_table(pa.BufferReader(raw), schema=schema.DATA)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise StoreError(f"{path} is damaged ({error}), and with it {len(wanted)} committed Units") from None
+    at: dict[tuple[str, int], int] = {}
+    for row, key in enumerate(zip(table["recording_id"].to_pylist(), table["index"].to_pylist(), strict=True)):
+        if key in wanted:
+            at.setdefault(key, row)
+    if len(at) < len(wanted):
+        raise StoreError(f"{path} lacks {len(wanted) - len(at)} of its {len(wanted)} committed Units")
+    return table.take(pa.array(at.values(), pa.int64()))
+
+
+def _transcripts(rows: pa.Table) -> Iterator[Transcript]:
+    starts = np.flatnonzero(ledgers.begins(rows, "recording_id")).tolist()
+    for start, stop in itertools.pairwise([*starts, len(rows)]):
+        yield _stitched([schema.unit_from_row(row) for row in rows.slice(start, stop - start).to_pylist()])
+
+
+def _stitched(results: Sequence[UnitResult]) -> Transcript:
+    """The recording's Transcript. Units that do not belong together (its bytes were replaced half way, say) make a
+    failed one: they may not cost the other recordings their tables."""
+    try:
+        return stitch(results)
+    except ValueError as error:
+        failure = failure_of(error, "sink")
+        duration = max(result.start + result.n_samples for result in results)
+        skipped = (Skip(0, duration, failure.kind),) if duration else ()
+        return Transcript(results[0].recording, "failed", duration=duration, skipped=skipped, failure=failure)
+
+
+def _build_here(build: Build, shards: Sequence[int]) -> Files:
+    return {path: about for shard in shards for path, about in build_shard(build, shard).items()}
+
+
+def _build_on_ray(build: Build, shards: Sequence[int]) -> Files:
+    """As `_build_here`, one task a shard. Only our own errors come back as themselves: Ray would wrap them."""
+    import ray.data
+
+    tasks = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
+    rows = tasks.map_batches(_build_row, batch_size=1, fn_kwargs={"build": build}).take_all()
+    files: Files = {}
+    for row in rows:
+        if row["error"]:
+            raise (OutputHeldError if row["held"] else StoreError)(row["error"])
+        files |= json.loads(row["files"])
+    return files
+
+
+def _build_row(batch: dict[str, Any], build: Build) -> dict[str, list[Any]]:
+    files, error, held = {}, "", False
+    try:
+        files = build_shard(build, int(batch["shard"][0]))
+    except (StoreError, OutputHeldError) as refusal:
+        error, held = str(refusal), isinstance(refusal, OutputHeldError)
+    return {"files": [json.dumps(files)], "error": [error], "held": [held]}
+
+
+def _winner_hashes(units: pa.Table, n_shards: int) -> dict[str, str]:
+    """For each shard a hash of which Units it publishes, and from which objects."""
+    hashes = [hashlib.sha256(f"{FORMAT}".encode()) for _ in range(n_shards)]
+    columns = (units[name].to_pylist() for name in ("shard", "recording_id", "index", "object"))
+    for shard, *unit in zip(*columns, strict=True):
+        hashes[shard].update(json.dumps(unit).encode())
+    return {str(shard): value.hexdigest() for shard, value in enumerate(hashes)}
+
+
+def _touched(build: Build, before: Success | None, winners: dict[str, str]) -> list[int]:
+    """The shards whose files are not, or not surely, what the winners give."""
+    if before is None or before.format != FORMAT or before.n_shards != build.n_shards:
+        return list(range(build.n_shards))
+    there = {f"{table}/{name}": size for table in SCHEMAS for name, size in build.store.sizes(table).items()}
+    return [
+        shard
+        for shard in range(build.n_shards)
+        if shard in before.rewriting
+        or before.winners.get(str(shard)) != winners[str(shard)]
+        or any(before.files.get(path, {}).get("bytes", -1) != there.get(path) for path in build.paths(shard).values())
+    ]
+
+
+def _count(build: Build, units: pa.Table) -> tuple[dict[str, int], float]:
+    """Count the recordings in the tables as they lie there now, against the newest list of inputs."""
+    statuses: dict[str, str] = {}
+    audio_s = 0.0
+    with ThreadPoolExecutor(THREADS) as pool:
+        for rows in pool.map(lambda shard: _read_statuses(build, shard), range(build.n_shards)):
+            ids = rows["recording_id"].to_pylist()
+            if len(set(ids)) < len(ids) or not statuses.keys().isdisjoint(ids):
+                raise StoreError(f"{build.store}: a recording is in the tables twice; run finalize again")
+            statuses |= zip(ids, rows["status"].to_pylist(), strict=True)
+            audio_s += sum(rows["duration_s"].to_pylist())
+    if statuses.keys() != set(units["recording_id"].unique().to_pylist()):
+        raise StoreError(f"{build.store}: the tables and the ledger hold different recordings; run finalize again")
+    counts = dict.fromkeys(("inputs", "ok", "failed", "skipped", "missing", "unlisted"), 0)
+    for ids in read_input_ids(build.store):
+        counts["inputs"] += len(ids)
+        for recording_id in ids:
+            counts[statuses.pop(recording_id, "missing")] += 1
+    counts["unlisted"] = len(statuses)
+    return counts, round(audio_s, 3)
+
+
+def _read_statuses(build: Build, shard: int) -> pa.Table:
+    with build.store.open(build.paths(shard)["recordings"]) as file:
+        return pq.ParquetFile(file).read(["recording_id", "status", "duration_s"])
+
+
+def _success(
+    build: Build,
+    complete: bool,
+    rewriting: list[int],
+    counts: dict[str, int],
+    audio_s: float,
+    winners: dict[str, str],
+    files: Files,
+) -> Success:
+    run = build.output.run
+    return Success(
+        complete=complete,
+        rewriting=rewriting,
+        counts=counts,
+        audio_s=audio_s,
+        model=run.model,
+        model_revision=run.model_revision,
+        options_fingerprint=run.fingerprint,
+        snapshot=build.snapshot,
+        n_shards=build.n_shards,
+        winners=winners,
+        files=files,
+    )
+
+
+def _put(build: Build, success: Success) -> None:
+    _check_leases(build)
+    build.store.put(SUCCESS, success.to_bytes())
+
+
+def _check_leases(build: Build) -> None:
+    for name, token in build.leases:
+        if not holds(build.store, name, token):
+            raise OutputHeldError(f"output {build.store}: another driver took it over; its tables are left to that one")

@@ -1,0 +1,48 @@
+"""The end of the dataflow: what reaches it is committed inside `write()`, in the worker that holds it.
+
+Not at the end of the dataset, as Ray's own sinks do: what was written when a driver is killed stays written. What a
+commit is, the ledger says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pyarrow as pa
+from ray.data.block import BlockAccessor
+from ray.data.datasource import Datasink
+
+from pipeline.ledger import Committed, commit
+from pipeline.schema import UNITS, conform
+from pipeline.store import Store
+
+
+class LedgerSink(Datasink[Committed]):  # type: ignore[misc]  # ray's types are not followed
+    """Commits what reaches it, every write on its own. `write_returns` holds one `Committed` a write.
+
+    `rows_per_write` is how many Units Ray gathers for one write: 1 loses least to a kill, more make fewer objects.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        n_shards: int,
+        *,
+        round: int = 0,
+        rows_per_write: int | None = None,
+        between: Callable[[pa.Table], None] | None = None,
+    ) -> None:
+        self._store, self._n_shards, self._round = store, n_shards, round
+        self._rows_per_write, self._between = rows_per_write, between
+
+    def write(self, blocks: Iterable[Any], ctx: Any) -> Committed:
+        """Commit all rows of `blocks` as one data object."""
+        accessors = (BlockAccessor.for_block(block) for block in blocks)
+        tables = [conform(one.to_arrow(), UNITS) for one in accessors if one.num_rows()]
+        table = pa.concat_tables([UNITS.empty_table(), *tables])
+        return commit(self._store, table, self._n_shards, round=self._round, between=self._between)
+
+    @property
+    def min_rows_per_write(self) -> int | None:
+        return self._rows_per_write

@@ -1,0 +1,106 @@
+"""Unit results to commit, and an output to commit them to; no engine and no audio."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.ledger import Committed, Ledger, commit
+from pipeline.output import Output, open_output
+from pipeline.schema import UNITS, to_table, unit_row
+from pipeline.store import Store
+from pipeline.types import SAMPLE_RATE, Failure, Recording, Segment, Skip, UnitResult, Word
+
+UNIT = 10 * SAMPLE_RATE  # every Unit of these tests is 10 s long
+
+OPEN = {
+    "settings": {"model": "demo", "chunk_level": "segment"},
+    "keys": {"model": "demo", "chunk_length_s": 10, "suppress_tokens": (-1,)},
+    "model": "demo",
+    "model_revision": None,
+    "n_shards": 3,
+}
+
+
+def begin(store: Store, **changes: Any) -> Output:
+    return open_output(store.uri, **{**OPEN, **changes})
+
+
+def segment(text: str, start: float = 0.0, words: bool = False, **fields: Any) -> Segment:
+    spoken = [Word(f" {word}", start + i * 0.5, start + i * 0.5 + 0.4, 0.9) for i, word in enumerate(text.split())]
+    plain: dict[str, Any] = {
+        "end": start + 2.0,
+        "tokens": (1, 2, 50364),
+        "avg_logprob": -0.25,
+        "compression_ratio": 1.5,
+        "no_speech_prob": 0.125,
+        "temperature": 0.0,
+        "language": "en",
+        "language_probability": 0.75,
+        "words": tuple(spoken) if words else (),
+    }
+    return Segment(start=start, text=text, **{**plain, **fields})
+
+
+def ok(name: str, index: int = 0, last: bool = True, text: str | None = None, **fields: Any) -> UnitResult:
+    """Unit `index` of the recording `name`, with one segment."""
+    said = f" {name} unit {index}." if text is None else text
+    plain: dict[str, Any] = {
+        "recording": Recording(id=name, uri=f"s3://bucket/{name}.wav", source=f"list.jsonl:{len(name)}"),
+        "segments": (segment(said, start=index * 10.0),),
+        "skipped": (Skip(index * UNIT + 8 * SAMPLE_RATE, (index + 1) * UNIT, "silence"),),
+        "speech": 5 * SAMPLE_RATE,
+        "uncovered_speech": 0,
+        "language": "en",
+        "language_probability": 0.75,
+        "n_windows": 1,
+        "start": index * UNIT,
+        "n_samples": UNIT,
+    }
+    return UnitResult(index=index, is_last=last, **{**plain, **fields})
+
+
+def failed(name: str, index: int = 0, last: bool = True, kind: str = "engine", **fields: Any) -> UnitResult:
+    """Unit `index` of the recording `name`, which was decoded and not transcribed."""
+    failure = Failure(kind=kind, message=f"{kind} said no", stage="engine")
+    return ok(name, index, last, **{"segments": (), "skipped": (), "failure": failure, **fields})
+
+
+def unreadable(name: str, kind: str = "damaged_audio") -> UnitResult:
+    """What a file that no decoder can read gives."""
+    failure = Failure(kind=kind, message="no frames", stage="decode", attempts=2)
+    return UnitResult(Recording(id=name, uri=name), index=0, is_last=True, start=0, n_samples=0, failure=failure)
+
+
+def table(results: Iterable[UnitResult]) -> pa.Table:
+    return to_table([unit_row(result) for result in results], UNITS)
+
+
+def put(store: Store, *results: UnitResult, name: str | None = None, round: int = 0) -> Committed:
+    return commit(store, table(results), OPEN["n_shards"], name=name, round=round)
+
+
+def read_ledger(store: Store) -> Ledger:
+    return Ledger.read(store, OPEN["n_shards"])
+
+
+def winner(ledger: Ledger, name: str, index: int = 0) -> str:
+    """The name of the object that this Unit is taken from."""
+    rows = [r for r in ledger.winners.to_pylist() if (r["recording_id"], r["index"]) == (name, index)]
+    assert len(rows) == 1
+    return str(rows[0]["object"])
+
+
+def read_table(store: Store, name: str) -> list[dict[str, Any]]:
+    """All rows of a public table, file by file in the order of their names."""
+    rows: list[dict[str, Any]] = []
+    for file in sorted(store.sizes(name)):
+        rows += pq.read_table(pa.BufferReader(store.get(f"{name}/{file}"))).to_pylist()
+    return rows
+
+
+def texts(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    return {row["recording_id"]: row["text"] for row in rows}
