@@ -179,13 +179,16 @@ def load_config(
     overrides: Mapping[str, Any] | None = None,
     sets: Sequence[str] = (),
     env: Mapping[str, str] | None = None,
+    base: Mapping[str, Any] | None = None,
 ) -> Config:
     """The settings of a run.
 
+    `base` are settings below all others, those that an output was begun with.
     `overrides` are command-line options by key (dotted keys allowed), `sets` are `key=value` texts (the value is
     YAML), `env` is the environment (`MURMUR_POOL__ENGINES=2` is `pool.engines: 2`). Raises `ConfigError`.
     """
     layers = [
+        dict(base or {}),
         _read_file(file) if file is not None else {},
         _from_env(os.environ if env is None else env),
         _nest(dict(_parse_set(text) for text in sets)),

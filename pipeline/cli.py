@@ -1,0 +1,321 @@
+"""The command `murmur`: arguments to a call, a result to text and an exit code. No work is done here.
+
+Heavy libraries are imported by the command that needs them, so that `--help` and a mistyped option answer at once.
+Every error ends as one line on stderr: what is refused with its own exit code, anything unexpected with 1 and the
+file that has its traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from pipeline.config import Config, load_config
+from pipeline.errors import EXIT_FAILED, EXIT_OK, MurmurError, UsageError, redact
+from pipeline.signals import Stopped, stop_on_signals
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pipeline.engine import Engine
+    from pipeline.report import Summary
+    from pipeline.types import Transcript
+
+EXIT_UNEXPECTED = 1
+DEMO_OUTPUT = "demo-out"
+
+app = typer.Typer(
+    name="murmur",
+    help="Transcribe large audio corpora with Whisper on Ray.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class Format(StrEnum):
+    txt = "txt"
+    srt = "srt"
+    vtt = "vtt"
+    tsv = "tsv"
+    json = "json"
+
+
+OutputArgument = Annotated[str, typer.Argument(metavar="OUTPUT", help="The folder or URI of a run.")]
+Model = Annotated[str | None, typer.Option(help="Hub id, folder, fsspec URI, or demo.", show_default=False)]
+ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML with settings.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting; may be repeated.")]
+Json = Annotated[bool, typer.Option("--json", help="The last line on stdout is one JSON object.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Ray's own logs, and tracebacks.")]
+
+
+@app.command()
+def demo(
+    output: Annotated[str, typer.Option(metavar="URI", help="Where the tables go.")] = DEMO_OUTPUT,
+    sets: Sets = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run the real job on the bundled clips with the bundled model, and show what came of it."""
+    from pipeline import report
+    from pipeline.demo import clips_path
+
+    _set_up_logging(verbose)
+    console = _console(as_json)
+    config = load_config(overrides={"model": "demo"}, sets=sets or ())
+    manifest = clips_path() / "manifest.jsonl"
+    console.print(
+        f"Transcribing the clips in {manifest.parent} with the bundled demo model (a small synthetic vocabulary in "
+        f"three languages; its windows are {config.chunk_length_s} s)."
+    )
+    summary = _run([str(manifest)], output, config, console)
+    result = _open(output)
+    report.show_recordings(result, console)
+    report.show_failures(result, console)
+    report.show_summary(summary, console)
+    console.print(f"The tables are Parquet files in {result.store}/segments, words and recordings.", highlight=False)
+    console.print("Next, your own audio: murmur transcribe FOLDER --output out --model openai/whisper-base")
+    as_expected = report.failed_ids(result) == _expected_failures(manifest) and not summary.counts["missing"]
+    _finish(EXIT_OK if as_expected else EXIT_FAILED, as_json, summary.to_json())
+
+
+@app.command()
+def transcribe(
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Manifests, folders, globs, audio files.")],
+    output: Annotated[str | None, typer.Option(metavar="URI", help="Run on Ray and write tables here.")] = None,
+    format: Annotated[Format, typer.Option(help="Without --output: what to print.")] = Format.txt,
+    model: Model = None,
+    config_file: ConfigFile = None,
+    sets: Sets = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what there is to do.")] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Transcribe audio: with --output on Ray into tables (the same command again goes on), else here, as text."""
+    _set_up_logging(verbose)
+    config = load_config(config_file, {"model": model}, sets or ())
+    if output is None:
+        if dry_run:
+            raise UsageError("--dry-run needs --output: without it there is no run to look ahead to")
+        _finish(*_print_transcripts(inputs, config, format, as_json))
+    console = _console(as_json)
+    if dry_run:
+        _finish(EXIT_OK, as_json, _show_estimate(inputs, output, config, console))
+    summary = _run(inputs, output, config, console)
+    _show_end(summary, output, console)
+    _finish(summary.exit_code, as_json, summary.to_json())
+
+
+@app.command()
+def retry(
+    output: OutputArgument,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[INPUT]...", help="Where the failed ones are now; default: as before."),
+    ] = None,
+    sets: Sets = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Do again what failed, and only that."""
+    _set_up_logging(verbose)
+    console = _console(as_json)
+    config = load_config(sets=sets or (), base=_open(output).run.settings)
+    summary = _run(inputs or [], output, config, console, retry=True)
+    _show_end(summary, output, console)
+    _finish(summary.exit_code, as_json, summary.to_json())
+
+
+@app.command()
+def finalize(output: OutputArgument, as_json: Json = False, verbose: Verbose = False) -> None:
+    """Make the tables of what is committed now; any time, also while a run goes on."""
+    from pipeline import report
+    from pipeline.job import finalize_output
+
+    _set_up_logging(verbose)
+    console = _console(as_json)
+    success = finalize_output(output, load_config(base=_open(output).run.settings))
+    console.print(report.counted(success.counts))
+    console.print("complete" if success.complete else "not complete: the run has more to do")
+    _finish(EXIT_OK, as_json, {**success.counts, "complete": success.complete, "audio_s": success.audio_s})
+
+
+@app.command("report")
+def report_command(output: OutputArgument, as_json: Json = False, verbose: Verbose = False) -> None:
+    """Show how far a run is, from its ledger, and what its tables hold."""
+    from pipeline import report
+
+    _set_up_logging(verbose)
+    console = _console(as_json)
+    overview = report.overview(_open(output))
+    report.show_overview(overview, console)
+    _finish(EXIT_OK, as_json, overview.to_json())
+
+
+@app.command()
+def evaluate(output: OutputArgument, as_json: Json = False, verbose: Verbose = False) -> None:
+    """Word error rates against the references that came with the manifest."""
+    from pipeline import report
+
+    _set_up_logging(verbose)
+    console = _console(as_json)
+    found = report.evaluate(_open(output))
+    report.show_evaluation(found, console)
+    _finish(EXIT_OK, as_json, found.to_json())
+
+
+# ---- what the commands share
+
+
+def _run(inputs: Sequence[str], output: str, config: Config, console: Console, *, retry: bool = False) -> Summary:
+    from pipeline.job import run
+
+    return run(inputs, output, config, retry=retry, console=console)
+
+
+def _open(output: str) -> Any:
+    from pipeline.output import read_output
+
+    return read_output(output)
+
+
+def _show_end(summary: Summary, output: str, console: Console) -> None:
+    from pipeline import report
+
+    report.show_summary(summary, console)
+    if summary.counts["failed"]:
+        report.show_failures(_open(output), console)
+        console.print(f"Try them again with: murmur retry {output}", markup=False, highlight=False)
+
+
+def _show_estimate(inputs: Sequence[str], output: str, config: Config, console: Console) -> Mapping[str, Any]:
+    import dataclasses
+
+    from pipeline.job import estimate
+    from pipeline.report import hours
+
+    found = estimate(inputs, output, config)
+    console.print(
+        f"{found.missing} of {found.inputs} recordings are to do: {hours(found.hinted_s)} as the manifest says"
+    )
+    if found.guessed_s:
+        console.print(f"and about {hours(found.guessed_s)} going by file sizes")
+    if found.unknown:
+        console.print(f"and {found.unknown} of unknown length")
+    return dataclasses.asdict(found)
+
+
+def _print_transcripts(
+    inputs: Sequence[str], config: Config, format: Format, as_json: bool
+) -> tuple[int, bool, Mapping[str, Any]]:
+    """Each recording's transcript on stdout as soon as it is there, without Ray."""
+    from pipeline.engine import engine_config, load_engine
+    from pipeline.formats import FORMATS, verbose
+    from pipeline.manifest import read_inputs
+
+    recordings = list(read_inputs(inputs))
+    engine = load_engine(engine_config(config))
+    objects, code = [], EXIT_OK
+    try:
+        for transcript in _transcripts(recordings, engine, config):
+            objects.append({"id": transcript.recording.id, "status": transcript.status, **verbose(transcript)})
+            if not as_json:
+                sys.stdout.write(FORMATS[format.value](transcript))
+                sys.stdout.flush()
+            if transcript.failure is not None:
+                code = EXIT_FAILED
+                _say(f"{transcript.recording.id}: {transcript.failure.kind}: {transcript.failure.message}")
+    finally:
+        engine.close()
+    return code, as_json, {"transcripts": objects}
+
+
+def _transcripts(recordings: Sequence[Any], engine: Engine, config: Config) -> Iterator[Transcript]:
+    from pipeline.transcribe import transcribe as transcribe_one
+
+    for recording in recordings:
+        yield transcribe_one(recording, engine, config.decode_options(), config)
+
+
+def _expected_failures(manifest: Path) -> set[str]:
+    """The ids of the clips that are damaged on purpose."""
+    lines = (json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines() if line.strip())
+    return {line["id"] for line in lines if line.get("expected") == "failed"}
+
+
+def _finish(code: int, as_json: bool, result: Mapping[str, Any]) -> NoReturn:
+    if as_json:
+        typer.echo(json.dumps({**result, "exit_code": code}, ensure_ascii=False))
+    raise typer.Exit(code)
+
+
+def _console(as_json: bool) -> Console:
+    """Where words for a person go: stdout, unless that is for a program."""
+    from rich.console import Console
+
+    return Console(stderr=as_json, soft_wrap=not sys.stdout.isatty())
+
+
+def _set_up_logging(verbose: bool) -> None:
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr, level=logging.WARNING)
+    logging.getLogger("pipeline").setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+def _say(line: str) -> None:
+    print(redact(line), file=sys.stderr)
+
+
+@contextmanager
+def _one_line_errors(verbose: bool) -> Iterator[None]:
+    """Whatever ends a command becomes a line and an exit code."""
+    try:
+        yield
+    except MurmurError as error:
+        if verbose:
+            traceback.print_exc()
+        _say(f"murmur: {error}")
+        sys.exit(error.exit_code)
+    except BrokenPipeError:  # `murmur ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_UNEXPECTED)
+    except Exception as error:
+        if verbose:
+            traceback.print_exc()
+        lines = str(error).strip().splitlines()
+        _say(f"murmur: unexpected {type(error).__name__}: {lines[0] if lines else ''} (see {_write_log()})")
+        sys.exit(EXIT_UNEXPECTED)
+
+
+def _write_log() -> str:
+    """The traceback in a file of its own."""
+    handle, path = tempfile.mkstemp(prefix="murmur-", suffix=".log")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(redact(traceback.format_exc()))
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script. Always ends in `SystemExit`."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        with stop_on_signals(), _one_line_errors("--verbose" in arguments):
+            app(arguments)
+    except Stopped as stopped:
+        _say(f"murmur: {stopped}; what is committed stays, the same command goes on from there")
+        sys.exit(stopped.exit_code)
+
+
+if __name__ == "__main__":
+    main()

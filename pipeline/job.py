@@ -1,0 +1,321 @@
+"""The bulk job on one page: what is checked first, what is still to do, the dataflow, the tables.
+
+    inputs - ledger = todo  →  decode (tasks)  →  engine (actors)  →  sink (data object, then ledger object)  →  tables
+
+What can be refused is refused before any model is loaded: settings, manifest, model, output, lease. What was
+committed stays: killed at any moment, the same command again does only what is missing, and a finished run again
+starts no Ray. What Ray runs is in `stages.py`, how many of it in `pools.py`, what a commit is in `sink.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+
+import pyarrow as pa
+from rich.console import Console
+
+from pipeline import todo
+from pipeline.config import Config, RayConfig, fingerprint_keys
+from pipeline.engine import EngineConfig, engine_config
+from pipeline.engine.checkpoint import model_fingerprint, read_json, resolve_model
+from pipeline.engine.fake import Faults
+from pipeline.engine.tokens import Tokenizer
+from pipeline.errors import ConfigError, MurmurError, OutputError
+from pipeline.finalize import Success, finalize
+from pipeline.lease import Lease
+from pipeline.ledger import Ledger
+from pipeline.manifest import read_inputs
+from pipeline.output import Output, open_output, read_output, write_inputs
+from pipeline.pools import Node, Pools, size_pools
+from pipeline.report import Standing, Summary, Work, exit_code, number_of, progress
+
+log = logging.getLogger(__name__)
+
+MAX_CALLS = 200  # blocks after which a decode worker is replaced, whatever a codec has leaked by then
+RECORDINGS_PER_SHARD = 20_000
+LOCAL_CPUS = 4  # logical CPUs of a cluster started here, at least: two would be an engine's and a decoder's
+
+
+def run(
+    inputs: Sequence[str], output_uri: str, config: Config, *, retry: bool = False, console: Console | None = None
+) -> Summary:
+    """Transcribe what is missing of `inputs` into `output_uri` and bring its tables up to date.
+
+    `retry` redoes the failed Units instead, of `inputs` or (without any) of all failed recordings. Raises the
+    `MurmurError` that ends the run; a recording's own failure is a row, and counts in `exit_code`.
+    """
+    console = console or Console(stderr=True)
+    with Cluster(config.ray) as cluster:
+        listed = [todo.item(recording) for recording in read_inputs(inputs)] if inputs or not retry else []
+        output = begin(output_uri, config, len(listed), cluster)
+        with Lease.acquire(output.store) as lease:
+            ledger = Ledger.read(output.store, output.run.n_shards)
+            if not retry:
+                write_inputs(output.store, (todo.from_json(item.recording) for item in listed))
+            items = todo.failed(listed, ledger) if retry else todo.missing(listed, ledger)
+            round = ledger.next_round() if retry else 0
+            work = transcribe(items, round, output, config, cluster, console) if items else None
+            success = finalize(output, use_ray=cluster.is_connected and output.run.n_shards > 1, lease=lease)
+    return Summary.of(success, work, exit_code(success.counts, config))
+
+
+def transcribe(
+    items: Sequence[todo.Item], round: int, output: Output, config: Config, cluster: Cluster, console: Console
+) -> Work:
+    """Run `items` through the dataflow, showing how far it is."""
+    pools = size_pools(cluster.nodes(), config)
+    console.print(f"{number_of(len(items))} to do: {pools.describe()}")
+    blocks = list(todo.blocks(todo.in_order(items), pools.decode_tasks))
+    standing = Standing(output, [todo.from_json(item.recording).id for item in items], round)
+    began = time.monotonic()
+    with progress(standing, console), plain_errors():
+        dataflow(blocks, round, output, config, pools)
+    wall_s = time.monotonic() - began
+    return Work(recordings=len(items), audio_s=standing.look().audio_s, wall_s=wall_s, pools=pools.describe())
+
+
+def dataflow(blocks: Sequence[pa.Table], round: int, output: Output, config: Config, pools: Pools) -> None:
+    """Every Unit still to do of the recordings in `blocks`, committed one by one as they end."""
+    import ray.data
+    from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
+
+    from pipeline.sink import LedgerSink
+    from pipeline.stages import EngineStage, decode, fail_before_commit
+
+    faults = Faults(config.fake.faults, f"{output.store.uri}/_run/faults") if config.engine == "fake" else None
+    DataContext.get_current().target_max_block_size = pools.block_mb << 20
+    (
+        ray.data.from_arrow(list(blocks))
+        .map_batches(
+            decode,
+            fn_kwargs={"config": config, "faults": faults},
+            batch_format="pyarrow",
+            batch_size=1,
+            compute=TaskPoolStrategy(size=min(pools.decode_tasks, len(blocks))),
+            num_cpus=pools.decode_cpus,
+            max_calls=MAX_CALLS,  # the engine's actors have none of that, so Ray cannot fuse the two into one process
+        )
+        .map_batches(
+            EngineStage,
+            fn_constructor_kwargs={"config": config, "engine": _engine(config, output, pools, faults)},
+            batch_format="pyarrow",
+            batch_size=pools.units_per_call,
+            compute=ActorPoolStrategy(size=pools.engines, max_concurrent_calls_per_actor=pools.calls_per_engine),
+            num_cpus=pools.engine_cpus,
+            num_gpus=pools.engine_gpus,
+        )
+        .write_datasink(
+            LedgerSink(
+                output.store,
+                output.run.n_shards,
+                round=round,
+                rows_per_write=pools.units_per_call,
+                between=partial(fail_before_commit, faults=faults) if faults else None,
+            ),
+            ray_remote_args={"num_cpus": 0},
+            concurrency=min(pools.write_tasks, len(blocks)),
+        )
+    )
+
+
+def _engine(config: Config, output: Output, pools: Pools, faults: Faults | None) -> EngineConfig:
+    """The engine as resolved. Ray shows each actor its own GPU as the only one; workers have other current folders."""
+    return dataclasses.replace(
+        engine_config(config, pools.threads),
+        model=str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model,
+        device="cuda" if pools.engine_gpus else "cpu",
+        dtype=output.run.keys["dtype"],
+        fake_state=faults.state if faults else None,
+    )
+
+
+# ---- what is checked before anything is started
+
+
+def begin(uri: str, config: Config, n_listed: int, cluster: Cluster) -> Output:
+    """The output folder, begun or found to be this run's. Raises `ModelError`, `OutputError`, `OutputMismatchError`."""
+    weights, revision = identify(config)
+    resolved = {"dtype": resolve_dtype(uri, config, cluster), "weights": weights, "revision": revision}
+    return open_output(
+        uri,
+        settings=config.model_dump(mode="json"),
+        keys=fingerprint_keys(config) | resolved,
+        model=config.model,
+        model_revision=revision,
+        n_shards=config.pool.shards or max(1, min(256, n_listed // RECORDINGS_PER_SHARD)),
+    )
+
+
+def identify(config: Config) -> tuple[str, str | None]:
+    """(hash of the weights, the model's revision): its files found, fetched if need be, and looked over."""
+    if config.engine == "serve":
+        raise ConfigError("engine: serve does not exist yet; leave it out, or use engine: fake for a trial")
+    if config.engine == "fake":
+        return "fake", config.revision
+    folder = resolve_model(config.model, config.revision)
+    _check_language(folder, config)
+    # The hub's cache names a snapshot's folder by its commit.
+    return model_fingerprint(folder), folder.name if folder.parent.name == "snapshots" else config.revision
+
+
+def _check_language(folder: Path, config: Config) -> None:
+    """What the engine refuses for every recording is refused once, here, without torch."""
+    tokenizer = Tokenizer.load(folder, read_json(folder, "config.json")["vocab_size"])
+    known = sorted(tokenizer.languages) or ["en"]
+    if config.language not in (None, "window", *known):
+        raise ConfigError(f"language {config.language!r} is not one of the model's: {' '.join(known)}")
+    if config.task == "translate" and not tokenizer.multilingual:
+        raise ConfigError(f"task translate needs a multilingual model, which {config.model} is not")
+
+
+def resolve_dtype(uri: str, config: Config, cluster: Cluster) -> str:
+    """The dtype of all engines of this output. `auto` is what an output was begun with; in a new one it is half
+    precision where engines get GPUs (which only the cluster can tell), else float32."""
+    if config.dtype != "auto":
+        return config.dtype
+    try:
+        return str(read_output(uri).run.keys["dtype"])
+    except (OutputError, KeyError):
+        pass
+    if config.engine == "fake" or config.device == "cpu":
+        return "float32"
+    return "float16" if size_pools(cluster.nodes(), config).engine_gpus else "float32"
+
+
+def estimate(inputs: Sequence[str], output_uri: str, config: Config) -> todo.Estimate:
+    """What a run would have to do: `--dry-run`. Writes nothing, starts nothing."""
+    listed = [todo.item(recording) for recording in read_inputs(inputs)]
+    identify(config)
+    try:
+        output = read_output(output_uri)
+    except OutputError:  # not begun yet
+        return todo.Estimate.of(listed, listed)
+    return todo.Estimate.of(listed, todo.missing(listed, Ledger.read(output.store, output.run.n_shards)))
+
+
+def finalize_output(output_uri: str, config: Config) -> Success:
+    """Bring an output's tables up to what is committed now, also while a run goes on; on Ray if they are many."""
+    output = read_output(output_uri)
+    with Cluster(config.ray) as cluster:
+        use_ray = output.run.n_shards > 1 and bool(cluster.nodes())
+        return finalize(output, use_ray=use_ray)
+
+
+# ---- Ray
+
+
+class Cluster:
+    """The Ray cluster of a run, joined or started when it is first needed; stopped again if it was started here."""
+
+    def __init__(self, config: RayConfig) -> None:
+        self.is_connected = False
+        self._config = config
+        self._exit = ExitStack()
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._exit.close()
+
+    def nodes(self) -> list[Node]:
+        """The nodes that are there now."""
+        import ray
+
+        self._connect()
+        alive = (node["Resources"] for node in ray.nodes() if node["Alive"])
+        return [Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in alive]
+
+    def _connect(self) -> None:
+        if self.is_connected:
+            return
+        import ray
+        from ray.data import DataContext
+
+        if not ray.is_initialized():
+            self._init()
+        context = DataContext.get_current().copy()
+        context.enable_progress_bars = context.print_on_execution_start = log.isEnabledFor(logging.DEBUG)
+        context.raise_original_map_exception = True  # our own errors come back as themselves, see `plain_errors`
+        context.enable_fallback_to_arrow_object_ext_type = False  # what Arrow has no type for is a mistake of ours
+        self._exit.enter_context(DataContext.current(context))
+        self.is_connected = True
+
+    def _init(self) -> None:
+        import ray
+
+        verbose = log.isEnabledFor(logging.DEBUG)
+        address = self._config.address or os.environ.get("RAY_ADDRESS")
+        common = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.CRITICAL}
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            with nullcontext() if verbose else _quiet_core():
+                if address:
+                    ray.init(address=address, **common)
+                else:
+                    ray.init(
+                        address="local",
+                        num_cpus=self._config.num_cpus or max(LOCAL_CPUS, os.cpu_count() or 1),
+                        object_store_memory=self._config.object_store_mb and self._config.object_store_mb << 20,
+                        include_dashboard=False,
+                        _node_ip_address="127.0.0.1",  # no port of a local cluster is seen from outside
+                        **common,
+                    )
+        except ConnectionError as error:
+            raise ConfigError(f"ray.address {address}: no Ray cluster answers there ({error})") from None
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # ray.init puts its own in place of the command's
+        if not verbose:
+            _hush("ray.data")
+        self._exit.callback(ray.shutdown)
+
+
+@contextmanager
+def _quiet_core() -> Iterator[None]:
+    """Ray's C++ side writes to stderr past Python: a warning for every actor pool (of Ray Data's own making, ray issue
+    53727), and if it is told not to, that it was told so."""
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+
+
+def _hush(logger: str) -> None:
+    """Errors reach the user as one line of ours; the library's own account of them stays in its log file."""
+    for handler in logging.getLogger(logger).handlers:
+        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+            handler.setLevel(logging.CRITICAL)
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Our own errors, which Ray raises with the worker's traceback in their text, as they were raised there."""
+    from ray.exceptions import RayTaskError
+
+    try:
+        yield
+    except RayTaskError as error:
+        cause = error.cause
+        line = str(cause).partition("\n")[0]
+        if isinstance(cause, MurmurError):
+            raise type(cause)(line) from None
+        raise RuntimeError(f"{type(cause).__name__} in a worker: {line}") from error

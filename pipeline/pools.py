@@ -1,0 +1,92 @@
+"""How many of what the job runs, from the nodes it has: plain rules, printed at the start, each a key of `pool`.
+
+    GPU   one engine a GPU with one CPU; every other CPU decodes.
+    CPU   engines of up to 8 CPUs, two CPUs of each node left for decoding.
+
+Ray holds a logical CPU for every running decode task, also while that waits for a slow engine: so decoding never gets
+the CPUs that the engines need, and writing asks for none at all. That is what keeps two CPUs from a deadlock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from pipeline.config import Config
+from pipeline.errors import ConfigError
+
+_T = TypeVar("_T", int, float)
+_MAX_ENGINE_CPUS = 8  # one engine gains little from more threads; another engine does
+_WRITE_TASKS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    cpus: float
+    gpus: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Pools:
+    """The sizes of a run; see `describe`."""
+
+    engines: int
+    engine_cpus: float
+    engine_gpus: float
+    threads: int | None  # of one engine on CPU; None: it has a GPU
+    decode_tasks: int
+    decode_cpus: float
+    units_per_call: int  # Units an engine is handed at once
+    calls_per_engine: int  # such calls in flight
+    block_mb: int  # a block of PCM is what one engine task takes and one write commits: 32 s of audio a MB
+    write_tasks: int = _WRITE_TASKS
+
+    def describe(self) -> str:
+        where = f"{self.engine_gpus:g} GPU" if self.engine_gpus else f"{self.engine_cpus:g} CPU"
+        engines = f"1 engine on {where}" if self.engines == 1 else f"{self.engines} engines on {where} each"
+        calls = (
+            f"{self.calls_per_engine} calls in flight of {self.units_per_call} Unit{'s' * (self.units_per_call > 1)}"
+        )
+        return f"{engines} ({calls}), decoding on {self.decode_tasks * self.decode_cpus:g} CPU"
+
+
+def size_pools(nodes: Sequence[Node], config: Config) -> Pools:
+    """The pools for a cluster of these nodes. Raises `ConfigError` if a GPU is asked for and there is none."""
+    gpus = sum(node.gpus for node in nodes)
+    wants_gpu = config.engine != "fake" and (config.device.startswith("cuda") or (config.device == "auto" and gpus > 0))
+    if wants_gpu and not gpus and config.pool.engines is None:
+        raise ConfigError(
+            f"device: {config.device}, and the cluster has no GPU (if it will scale up, set pool.engines)"
+        )
+    cpus = max(1.0, sum(node.cpus for node in nodes))
+    engine_gpus = _given(config.pool.engine_gpus, 1.0 if wants_gpu else 0.0)
+    beside_gpu = 1.0 if cpus >= gpus + 1 else 0.25
+    engine_cpus = _given(config.pool.engine_cpus, beside_gpu if wants_gpu else _cpu_share(nodes, config))
+    fitting = gpus // engine_gpus if engine_gpus else sum((node.cpus - 1) // engine_cpus for node in nodes)
+    fitting = 1 if config.engine == "fake" else fitting  # it does next to nothing
+    engines = _given(config.pool.engines, max(1, int(fitting)))
+    # A Unit of `sequential` may be two hours, 230 MB: never several in one call.
+    batched = bool(engine_gpus) and config.algorithm == "windows"
+    return Pools(
+        engines=engines,
+        engine_cpus=engine_cpus,
+        engine_gpus=engine_gpus,
+        threads=None if engine_gpus else max(1, int(engine_cpus)),
+        decode_tasks=_given(config.pool.decode_tasks, max(1, int(cpus - engines * engine_cpus))),
+        decode_cpus=1.0 if cpus >= 2 else 0.5,
+        units_per_call=_given(config.pool.units_per_call, 8 if batched else 1),
+        calls_per_engine=_given(config.pool.calls_per_engine, 6 if engine_gpus else 2),
+        block_mb=16 if batched else 1,
+    )
+
+
+def _cpu_share(nodes: Sequence[Node], config: Config) -> float:
+    largest = max((node.cpus for node in nodes), default=1.0)
+    if largest < 2:
+        return 0.5
+    return 1.0 if config.engine == "fake" else max(1.0, min(_MAX_ENGINE_CPUS, largest - 2))
+
+
+def _given(value: _T | None, derived: _T) -> _T:
+    return derived if value is None else value

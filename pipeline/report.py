@@ -1,0 +1,400 @@
+"""What a run did, for a person at a terminal: a summary, a table of recordings, word error rates, progress.
+
+Reads the public tables and the ledger; changes nothing. Figures come from what is committed, never from what was
+sent off: a number shown here survives a crash.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.config import Config
+from pipeline.errors import EXIT_FAILED, EXIT_OK, MurmurError
+from pipeline.finalize import Success, read_success
+from pipeline.ledger import Ledger
+from pipeline.output import Output, read_input_ids
+from pipeline.scoring import Score, word_score
+from pipeline.types import seconds
+
+log = logging.getLogger(__name__)
+
+_LOG_EVERY_S = 60.0
+_LOOK_EVERY_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one run did itself."""
+
+    recordings: int
+    audio_s: float  # committed
+    wall_s: float  # from the first task to the last commit: loading the model included, starting Ray not
+    pools: str  # "1 engine on 2 CPU each, ..."
+
+    @property
+    def rtfx(self) -> float:
+        return self.audio_s / self.wall_s
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """The end of a run: its own work, and what lies in the output now."""
+
+    counts: dict[str, int]  # inputs, ok, failed, skipped, missing, unlisted
+    audio_s: float  # of all recordings in the tables
+    work: Work | None  # None: nothing was to be done
+    exit_code: int
+
+    @classmethod
+    def of(cls, success: Success, work: Work | None, exit_code: int) -> Summary:
+        return cls(success.counts, success.audio_s, work, exit_code)
+
+    def to_json(self) -> dict[str, Any]:
+        work = asdict(self.work) | {"rtfx": round(self.work.rtfx, 2)} if self.work else None
+        return {**self.counts, "audio_s": self.audio_s, "this_run": work}
+
+
+def exit_code(counts: Mapping[str, int], config: Config) -> int:
+    """0 while the failed recordings are within `max_failed_fraction` of the inputs and none is missing, else 3."""
+    allowed = config.max_failed_fraction * counts["inputs"]
+    return EXIT_OK if counts["failed"] <= allowed and not counts["missing"] else EXIT_FAILED
+
+
+# ---- tables of a finished or running output
+
+
+def recordings_table(output: Output, columns: Sequence[str] | None = None) -> pa.Table:
+    """The public `recordings` of an output, as far as it was finalised; sorted by id within each file."""
+    store = output.store
+    tables = []
+    for name in sorted(store.sizes("recordings")):
+        with store.open(f"recordings/{name}") as file:
+            tables.append(pq.ParquetFile(file).read(columns))
+    if not tables:
+        raise MurmurError(f"output {store} has no tables yet: run `murmur finalize {store}`")
+    return pa.concat_tables(tables)
+
+
+def show_summary(summary: Summary, console: Console) -> None:
+    console.print(f"{counted(summary.counts)}; {hours(summary.audio_s)} of audio")
+    work = summary.work
+    if work is None:
+        console.print("nothing was left to do")
+    else:
+        console.print(
+            f"this run: {hours(work.audio_s)} of audio in {work.wall_s:.1f} s, RTFx {work.rtfx:.1f}"
+            f" (wall clock from the first decode to the last commit; {work.pools})"
+        )
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    """`_SUCCESS`'s counts in words; what is zero and should be is left out."""
+    rare = {"skipped": "skipped", "missing": "missing", "unlisted": "no longer listed"}
+    parts = [f"{counts['ok']} ok", f"{counts['failed']} failed"]
+    parts += [f"{counts[key]} {words}" for key, words in rare.items() if counts[key]]
+    return f"{number_of(counts['inputs'])}: {', '.join(parts)}"
+
+
+def number_of(recordings: int) -> str:
+    return "1 recording" if recordings == 1 else f"{recordings} recordings"
+
+
+def hours(audio_s: float) -> str:
+    return f"{audio_s:.1f} s" if audio_s < 600 else f"{audio_s / 3600:.2f} h"
+
+
+def show_recordings(output: Output, console: Console, limit: int = 50) -> None:
+    """A row a recording: language, length, text, WER where there is a reference, and what went wrong."""
+    rows = recordings_table(output).sort_by("recording_id").to_pylist()
+    table = Table("recording", "lang", "seconds", "text", "WER", "status", box=None, pad_edge=False, expand=True)
+    table.columns[3].ratio = 1
+    for name in ("seconds", "WER"):
+        next(c for c in table.columns if c.header == name).justify = "right"
+    for column in table.columns:
+        column.no_wrap = True
+        column.overflow = "ellipsis"
+    for row in rows[:limit]:
+        table.add_row(
+            Text(row["recording_id"]),
+            row["language"] or "-",
+            f"{row['duration_s']:.1f}",
+            Text(row["text"] or "(no speech)" if row["status"] == "ok" else row["text"]),
+            wer_of(row),
+            _status(row),
+        )
+    console.print(table)
+    if len(rows) > limit:
+        console.print(f"... and {len(rows) - limit} more")
+
+
+def _status(row: dict[str, Any]) -> Text:
+    if row["status"] == "ok":
+        return Text(", ".join(["ok", *row["flags"]]), style="green")
+    return Text(f"{row['status']}: {row['error_kind']}", style="red")
+
+
+def wer_of(row: dict[str, Any]) -> str:
+    score = score_of(row)
+    if score is None:
+        return "-"
+    return f"{100 * score.rate:.1f} %" if score.n_reference or score.errors else "-"
+
+
+def score_of(row: dict[str, Any]) -> Score | None:
+    """The word errors of a row of `recordings`; None without a reference or a transcript."""
+    if row["reference"] is None or row["status"] != "ok":
+        return None
+    return word_score(row["reference"], row["text"], row["language"])
+
+
+def failed_ids(output: Output) -> set[str]:
+    return {row["recording_id"] for row in _failed(output)}
+
+
+def show_failures(output: Output, console: Console, limit: int = 20) -> None:
+    """What failed and why, a line a recording."""
+    rows = _failed(output)
+    for row in rows[:limit]:
+        line = f"{row['recording_id']}: {row['error_kind']}: {row['error_message']}"
+        console.print(line, style="red", markup=False, highlight=False)
+    if len(rows) > limit:
+        console.print(f"... and {len(rows) - limit} more: see `error_message` in {output.store}/recordings")
+
+
+def _failed(output: Output) -> list[dict[str, Any]]:
+    rows = recordings_table(output, ["recording_id", "status", "error_kind", "error_message"])
+    failed: list[dict[str, Any]] = rows.filter(pc.equal(rows["status"], "failed")).sort_by("recording_id").to_pylist()
+    return failed
+
+
+# ---- a look at an output, also while a run goes on
+
+
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """What the ledger says is committed, and whether the tables say so too."""
+
+    model: str
+    inputs: int  # of the newest list; `begun` and the rest may hold more
+    ok: int
+    failed: int
+    partial: int  # begun, not all Units committed
+    audio_s: float
+    failures: dict[str, int]  # Units by kind of error
+    tables: str  # "complete", "behind" or "none"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def overview(output: Output) -> Overview:
+    ledger = Ledger.read(output.store, output.run.n_shards)
+    rows = ledger.recordings()
+    statuses = {pair["values"]: pair["counts"] for pair in rows["status"].value_counts().to_pylist()}
+    failed = ledger.winners.filter(pc.invert(ledger.winners["ok"]))
+    kinds = sorted(failed["kind"].value_counts().to_pylist(), key=lambda pair: -pair["counts"])
+    return Overview(
+        model=output.run.model,
+        inputs=sum(len(ids) for ids in read_input_ids(output.store)),
+        ok=statuses.get("ok", 0),
+        failed=statuses.get("failed", 0),
+        partial=statuses.get("partial", 0),
+        audio_s=seconds(pc.sum(rows["n_samples"]).as_py() or 0),
+        failures={pair["values"]: pair["counts"] for pair in kinds},
+        tables=_tables(read_success(output.store), statuses),
+    )
+
+
+def _tables(success: Success | None, statuses: Mapping[str, int]) -> str:
+    if success is None:
+        return "none"
+    counts = success.counts
+    published = counts["ok"] + counts["failed"] + counts["skipped"] + counts["unlisted"]
+    is_level = published == statuses.get("ok", 0) + statuses.get("failed", 0)
+    return "complete" if success.complete and is_level else "behind"
+
+
+def show_overview(found: Overview, console: Console) -> None:
+    console.print(f"{found.inputs} recordings listed: {found.ok} ok, {found.failed} failed, {found.partial} begun")
+    console.print(f"{hours(found.audio_s)} of audio, model {found.model}")
+    for kind, count in found.failures.items():
+        console.print(f"  {count} Units failed: {kind}", style="red")
+    hint = "" if found.tables == "complete" else "; `murmur finalize` brings them up to date"
+    console.print(f"tables: {found.tables}{hint}")
+
+
+# ---- word error rates
+
+
+@dataclass(slots=True)
+class Evaluation:
+    """Word errors of an output against its references; failed recordings are counted, not scored."""
+
+    by_recording: dict[str, Score] = field(default_factory=dict)
+    by_language: dict[str, Score] = field(default_factory=lambda: defaultdict(Score))
+    failed: int = 0
+    without_reference: int = 0
+
+    @property
+    def total(self) -> Score:
+        return sum(self.by_recording.values(), Score())
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "wer": self.total.rate,
+            "by_language": {language: score.rate for language, score in sorted(self.by_language.items())},
+            "words": self.total.n_reference,
+            "scored": len(self.by_recording),
+            "failed": self.failed,
+            "without_reference": self.without_reference,
+        }
+
+
+def evaluate(output: Output) -> Evaluation:
+    found = Evaluation()
+    columns = ["recording_id", "status", "language", "text", "reference"]
+    for row in recordings_table(output, columns).sort_by("recording_id").to_pylist():
+        score = score_of(row)
+        if score is not None:
+            found.by_recording[row["recording_id"]] = score
+            found.by_language[row["language"] or "none"] += score
+        elif row["reference"] is None:
+            found.without_reference += 1
+        else:
+            found.failed += 1
+    return found
+
+
+def show_evaluation(found: Evaluation, console: Console, limit: int = 50) -> None:
+    table = Table("", "words", "subst.", "insert.", "delet.", "WER", box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+
+    def add(name: str, score: Score, style: str = "") -> None:
+        counts = (score.n_reference, score.substitutions, score.insertions, score.deletions)
+        table.add_row(Text(name), *map(str, counts), f"{100 * score.rate:.2f} %", style=style)
+
+    worst = sorted(found.by_recording.items(), key=lambda pair: -pair[1].rate)
+    for recording_id, score in worst[:limit]:
+        add(recording_id, score)
+    for language, score in sorted(found.by_language.items()):
+        add(f"all of language {language}", score, style="bold")
+    add("all", found.total, style="bold")
+    console.print(table)
+    console.print(f"{found.failed} failed and {found.without_reference} without a reference are not in these figures")
+
+
+# ---- progress of a run
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """How far a run is: recordings ended, those of them that failed, audio committed since it began."""
+
+    done: int
+    failed: int
+    audio_s: float
+
+
+class Standing:
+    """How far the run is that is to do the recordings `ids` in `round`, as the ledger says."""
+
+    def __init__(self, output: Output, ids: Sequence[str], round: int) -> None:
+        self.total = len(ids)
+        self._ledger = Ledger.read(output.store, output.run.n_shards)
+        self._ids, self._round = pa.array(ids, pa.string()), round
+        self._before_s = self._audio_s()
+
+    def look(self) -> Step:
+        self._ledger.refresh()
+        rows = self._ledger.recordings()
+        rows = rows.filter(pc.is_in(rows["recording_id"], self._ids))
+        rows = rows.filter(pc.invert(pc.is_in(rows["recording_id"], self._waiting())))
+        ended = rows.filter(pc.not_equal(rows["status"], "partial"))
+        failed = pc.sum(pc.equal(ended["status"], "failed")).as_py() or 0
+        return Step(len(ended), failed, self._audio_s() - self._before_s)
+
+    def _waiting(self) -> pa.Array:
+        """Recordings with a Unit that failed in an earlier round and was not redone yet."""
+        units = self._ledger.winners
+        old = pc.and_(pc.invert(units["ok"]), pc.less(units["round"], self._round))
+        return units.filter(old)["recording_id"].combine_chunks()
+
+    def _audio_s(self) -> float:
+        units = self._ledger.winners
+        mine = pc.and_(pc.is_in(units["recording_id"], self._ids), pc.greater_equal(units["round"], self._round))
+        return seconds(pc.sum(units.filter(mine)["n_samples"]).as_py() or 0)
+
+
+@contextmanager
+def progress(standing: Standing, console: Console) -> Iterator[None]:
+    """Shows how far the run is while the body runs: a bar on a terminal, elsewhere a log line a minute."""
+    ended = threading.Event()
+    showing = _bar(standing.total, console) if console.is_terminal else _log_line(standing.total)
+    pause_s = _LOOK_EVERY_S if console.is_terminal else _LOG_EVERY_S
+    with showing as show:
+        thread = threading.Thread(target=_watch, args=(standing, show, ended, pause_s), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+
+def _watch(standing: Standing, show: Callable[[Step], None], ended: threading.Event, pause_s: float) -> None:
+    while not ended.wait(pause_s):
+        began = time.monotonic()
+        try:
+            show(standing.look())
+        except MurmurError as error:  # the store does not answer now; if that lasts, the run itself will say so
+            log.warning("progress: %s", error)
+        pause_s = max(pause_s, 20 * (time.monotonic() - began))  # a large ledger is read seldom
+
+
+@contextmanager
+def _bar(total: int, console: Console) -> Iterator[Callable[[Step], None]]:
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[extra]}"),
+        TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    began = time.monotonic()
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("recordings", total=total, extra="")
+
+        def show(now: Step) -> None:
+            rtfx = now.audio_s / (time.monotonic() - began)
+            extra = f"{hours(now.audio_s)}, RTFx {rtfx:.1f}, {now.failed} failed"
+            bar.update(task, completed=now.done, extra=extra)
+
+        yield show
+
+
+@contextmanager
+def _log_line(total: int) -> Iterator[Callable[[Step], None]]:
+    began = time.monotonic()
+
+    def show(now: Step) -> None:
+        elapsed = time.monotonic() - began
+        left = f"{elapsed / now.done * (total - now.done):.0f} s left" if now.done else "time left unknown"
+        log.info(
+            "%d of %d recordings, %s of audio, RTFx %.1f, %d failed, %s",
+            *(now.done, total, hours(now.audio_s), now.audio_s / elapsed, now.failed, left),
+        )
+
+    yield show

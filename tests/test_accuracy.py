@@ -1,0 +1,41 @@
+"""The small form of `tests/benchmarks/heldout_accuracy.py`: unheard speech, nothing lost, nothing doubled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from pipeline.demo.train.heldout import make_long, make_set
+from pipeline.engine import Engine
+from tests.benchmarks.heldout_accuracy import coverage, demo_config, demo_engine, measure_clips, transcribe_pcm
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    engine = demo_engine()
+    yield engine
+    engine.close()
+
+
+def test_text_language_and_times(engine: Engine) -> None:
+    figures = measure_clips(make_set(12, seed=3), engine, demo_config())
+    assert figures["wer"]["en"] <= 0.10
+    assert figures["wer"]["de"] <= 0.15
+    assert figures["wer"]["es"] <= 0.15
+    assert figures["language_right"] >= 0.97
+    assert figures["boundary_error_median_s"] <= 0.2
+    assert figures["word_start_error_median_s"] <= 0.15
+    assert figures["text_same_with_words"]
+
+
+@pytest.mark.parametrize(
+    ("minutes", "chunk_length_s", "pauses"),
+    [(2.0, 10, True), (0.7, 1, True), (1.0, 10, False)],
+    ids=["long", "windows-of-1-s", "no-pause"],
+)
+def test_nothing_is_lost_or_doubled(engine: Engine, minutes: float, chunk_length_s: int, pauses: bool) -> None:
+    clip = make_long("en", seed=4, minutes=minutes, pauses=pauses)
+    transcript = transcribe_pcm(clip.pcm, "x", engine, demo_config(chunk_length_s=chunk_length_s))
+    assert coverage(clip, transcript).whole, coverage(clip, transcript)
+    assert transcript.duration == len(clip.pcm)

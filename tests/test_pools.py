@@ -1,0 +1,67 @@
+"""Pool sizes from the nodes: nothing that is asked for may be more than there is, or the run waits for ever."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.config import load_config
+from pipeline.errors import ConfigError
+from pipeline.pools import Node, size_pools
+
+LAPTOP = [Node(4)]
+CLUSTERS = [
+    [Node(1)],
+    [Node(2)],
+    LAPTOP,
+    [Node(8)],
+    [Node(64)],
+    [Node(2)] * 3,
+    [Node(0), Node(16)],  # a head without CPUs
+    [Node(1, 1)],  # as many GPUs as CPUs
+    [Node(8, 1)],
+    [Node(4), *[Node(32, 8)] * 2],
+]
+
+
+@pytest.mark.parametrize("nodes", CLUSTERS, ids=str)
+@pytest.mark.parametrize("engine", ["local", "fake"])
+def test_the_pools_fit_the_cluster(nodes: list[Node], engine: str) -> None:
+    pools = size_pools(nodes, load_config(sets=[f"engine={engine}"], env={}))
+    cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
+    assert pools.engines * pools.engine_cpus + pools.decode_tasks * pools.decode_cpus <= cpus
+    assert pools.engines * pools.engine_gpus <= gpus
+    assert any(node.cpus >= pools.engine_cpus and node.gpus >= pools.engine_gpus for node in nodes)
+    assert min(pools.engines, pools.decode_tasks, pools.units_per_call, pools.calls_per_engine) >= 1
+
+
+def test_engines_go_to_the_gpus() -> None:
+    pools = size_pools([Node(4), *[Node(32, 8)] * 2], load_config(env={}))
+    assert (pools.engines, pools.engine_gpus, pools.threads) == (16, 1.0, None)
+    assert pools.decode_tasks == 68 - 16
+    assert size_pools([Node(32, 8)], load_config(sets=["device=cpu"], env={})).engine_gpus == 0
+    assert size_pools([Node(32, 8)], load_config(sets=["engine=fake"], env={})).engine_gpus == 0
+
+
+def test_a_cpu_engine_has_threads_and_one_unit_a_call() -> None:
+    pools = size_pools(LAPTOP, load_config(env={}))
+    assert (pools.engines, pools.threads, pools.units_per_call, pools.decode_tasks) == (1, 2, 1, 2)
+
+
+def test_two_hours_of_audio_are_never_batched() -> None:
+    pools = size_pools([Node(8, 1)], load_config(sets=["algorithm=sequential"], env={}))
+    assert (pools.units_per_call, pools.block_mb) == (1, 1)
+
+
+def test_a_gpu_that_is_asked_for_must_be_there() -> None:
+    with pytest.raises(ConfigError, match="no GPU"):
+        size_pools(LAPTOP, load_config(sets=["device=cuda"], env={}))
+    will_scale_up = load_config(sets=["device=cuda", "pool.engines=4"], env={})
+    assert size_pools(LAPTOP, will_scale_up).engines == 4
+
+
+def test_settings_win_over_rules() -> None:
+    sets = [f"pool.{key}=3" for key in ("decode_tasks", "engines", "engine_cpus", "units_per_call", "calls_per_engine")]
+    pools = size_pools(LAPTOP, load_config(sets=sets, env={}))
+    given = (pools.decode_tasks, pools.engines, pools.engine_cpus, pools.units_per_call, pools.calls_per_engine)
+    assert given == (3, 3, 3.0, 3, 3)
+    assert pools.describe() == "3 engines on 3 CPU each (3 calls in flight of 3 Units), decoding on 3 CPU"

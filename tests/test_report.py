@@ -1,0 +1,143 @@
+"""What is shown of a run: progress from the ledger, an unfinished output, tables for a person, word error rates."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from commits import begin, failed, ok, put, unreadable
+from rich.console import Console
+
+from pipeline import report
+from pipeline.config import load_config
+from pipeline.errors import MurmurError
+from pipeline.finalize import finalize
+from pipeline.output import Output, write_inputs
+from pipeline.report import Standing, Step
+from pipeline.store import Store
+from pipeline.types import Recording
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Output:
+    return begin(Store.at(str(tmp_path / "out")))
+
+
+def said(show: Callable[[Console], None]) -> str:
+    console = Console(file=io.StringIO(), width=120)
+    show(console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("failed", "missing", "fraction", "code"),
+    [(0, 0, 0.0, 0), (1, 0, 0.0, 3), (1, 0, 0.1, 0), (2, 0, 0.1, 3), (0, 1, 1.0, 3), (10, 0, 1.0, 0)],
+)
+def test_exit_codes(failed: int, missing: int, fraction: float, code: int) -> None:
+    config = load_config(overrides={"max_failed_fraction": fraction}, env={})
+    assert report.exit_code({"inputs": 10, "failed": failed, "missing": missing}, config) == code
+
+
+def test_progress_counts_what_ended_since_the_run_began(output: Output) -> None:
+    put(output.store, ok("before"), ok("begun", 0, last=False))
+    standing = Standing(output, ["begun", "new", "bad", "waiting"], round=0)
+    assert (standing.total, standing.look()) == (4, Step(0, 0, 0.0))
+    put(output.store, ok("new", 0, last=False), ok("somebody else's"))
+    assert standing.look() == Step(0, 0, 10.0)
+    put(output.store, ok("begun", 1), failed("bad"))
+    assert standing.look() == Step(2, 1, 30.0)
+    put(output.store, ok("new", 1))
+    put(output.store, ok("new", 1))  # twice: Ray ran it again
+    assert standing.look() == Step(3, 1, 40.0)
+
+
+def test_progress_of_a_retry_waits_for_each_unit_that_failed(output: Output) -> None:
+    put(output.store, failed("a", 0, last=False), ok("a", 1, last=False), failed("a", 2), failed("b"))
+    standing = Standing(output, ["a", "b"], round=1)
+    assert standing.look() == Step(0, 0, 0.0)
+    put(output.store, ok("a", 0, last=False), round=1)
+    assert standing.look() == Step(0, 0, 10.0)
+    put(output.store, failed("b"), round=1)  # no better than before, but done
+    assert standing.look() == Step(1, 1, 20.0)
+    put(output.store, ok("a", 2), round=1)
+    assert standing.look() == Step(2, 1, 30.0)
+
+
+def test_an_overview_before_in_and_after_a_run(output: Output) -> None:
+    write_inputs(output.store, [Recording(id=name, uri=name) for name in ("a", "b", "c")])
+    assert report.overview(output).tables == "none"
+    put(output.store, ok("a"), failed("b", kind="non_finite"), ok("c", 0, last=False))
+    finalize(output, use_ray=False)
+    found = report.overview(output)
+    assert (found.inputs, found.ok, found.failed, found.partial, found.audio_s) == (3, 1, 1, 1, 30.0)
+    assert (found.failures, found.tables) == ({"non_finite": 1}, "behind")
+    put(output.store, ok("c", 1))
+    assert report.overview(output).tables == "behind"
+    finalize(output, use_ray=False)
+    assert report.overview(output).tables == "complete"
+    assert "1 Units failed: non_finite" in said(lambda console: report.show_overview(found, console))
+
+
+def spoken(name: str, text: str, reference: str | None, language: str = "en") -> dict[str, object]:
+    return {"recording": Recording(id=name, uri=name, reference=reference), "text": text, "language": language}
+
+
+@pytest.fixture
+def scored(output: Output) -> Output:
+    recordings = [
+        ok("fine", **spoken("fine", " It is a fine day.", "it is a fine day")),
+        ok("worse", **spoken("worse", " Guten Morgen", "Guten Tag zusammen", "de")),
+        ok("without", **spoken("without", " No matter", None)),
+        failed("lost", recording=Recording(id="lost", uri="lost", reference="never heard")),
+        unreadable("damaged"),
+    ]
+    put(output.store, *recordings)
+    write_inputs(output.store, [result.recording for result in recordings])
+    finalize(output, use_ray=False)
+    return output
+
+
+def test_word_error_rates(scored: Output) -> None:
+    found = report.evaluate(scored)
+    assert found.to_json() == {
+        "wer": 2 / 8,
+        "by_language": {"en": 0.0, "de": 2 / 3},
+        "words": 8,
+        "scored": 2,
+        "failed": 1,
+        "without_reference": 2,
+    }
+    shown = said(lambda console: report.show_evaluation(found, console)).splitlines()
+    assert shown[1].split() == ["worse", "3", "1", "0", "1", "66.67", "%"]  # the worst first
+    assert shown[-2].split() == ["all", "8", "1", "0", "1", "25.00", "%"]
+
+
+def test_a_table_of_recordings_and_one_of_failures(scored: Output) -> None:
+    shown = said(lambda console: report.show_recordings(scored, console))
+    (fine,) = (line for line in shown.splitlines() if line.startswith("fine"))
+    assert fine.split() == ["fine", "en", "10.0", "It", "is", "a", "fine", "day.", "0.0", "%", "ok"]
+    assert "failed: damaged_audio" in shown
+    assert "... and 3 more" in said(lambda console: report.show_recordings(scored, console, limit=2))
+    assert report.failed_ids(scored) == {"lost", "damaged"}
+    assert "damaged: damaged_audio: no frames" in said(lambda console: report.show_failures(scored, console))
+
+
+def test_markup_in_a_transcript_is_text(output: Output) -> None:
+    put(output.store, ok("[red]x", text=" [bold]loud[/bold] [/]"))
+    finalize(output, use_ray=False)
+    shown = said(lambda console: report.show_recordings(output, console))
+    assert "[red]x" in shown
+    assert "[bold]loud[/bold] [/]" in shown
+
+
+def test_tables_that_are_not_there(output: Output) -> None:
+    with pytest.raises(MurmurError, match="murmur finalize"):
+        report.evaluate(output)
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(3.14159, "3.1 s"), (599.9, "599.9 s"), (5400, "1.50 h")])
+def test_lengths(seconds: float, text: str) -> None:
+    assert report.hours(seconds) == text

@@ -1,0 +1,137 @@
+"""What travels between the stages: rows of one type in every block, and nothing lost on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from audio_files import tone, write_wav
+
+from pipeline import schema, todo
+from pipeline.config import Config, Fault
+from pipeline.engine import engine_config
+from pipeline.engine.fake import Faults
+from pipeline.errors import StoreError
+from pipeline.stages import UNIT_ROW, EngineStage, decode, fail_before_commit, rows_of, unit_from_row, unit_to_row
+from pipeline.types import Failure, Recording, Unit, UnitResult
+
+RECORDING = Recording(id="a", uri="a.wav", reference="hello", metadata='{"k": [1]}')
+
+
+def same(one: Unit | UnitResult, other: Unit | UnitResult) -> bool:
+    """Equal in every field; arrays in type and content."""
+    pairs = ((getattr(one, f.name), getattr(other, f.name)) for f in dataclasses.fields(one))
+    return type(one) is type(other) and all(
+        np.array_equal(a, b) and a.dtype == b.dtype if isinstance(a, np.ndarray) else a == b for a, b in pairs
+    )
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        Unit(RECORDING, 0, 0, tone(220, 1.0), is_last=True),
+        Unit(RECORDING, 3, 16_000, np.zeros(0, np.int16), False, np.zeros(0, np.uint8), tone(220, 0.5), ("a", "b")),
+        Unit(RECORDING, 1, 512, tone(220, 2.0), False, np.arange(63, dtype=np.uint8), None),
+        UnitResult(RECORDING, 2, True, 99, 0, flags=("x",), failure=Failure("damaged_audio", "no", "decode", 3)),
+    ],
+    ids=["plain", "empty", "with speech", "failed"],
+)
+def test_a_row_gives_back_what_it_was_made_of(item: Unit | UnitResult) -> None:
+    table = pa.Table.from_pylist([unit_to_row(item)], schema=UNIT_ROW)
+    (row,) = rows_of(table)
+    assert same(unit_from_row(row), item)
+
+
+def test_samples_are_views_also_in_a_slice_of_chunks() -> None:
+    units = [Unit(RECORDING, i, 0, tone(220, 0.1 * (i + 1)), is_last=False) for i in range(5)]
+    one = [pa.Table.from_pylist([unit_to_row(u)], schema=UNIT_ROW) for u in units]
+    table = pa.concat_tables(one).slice(1, 3)
+    for row, unit in zip(rows_of(table), units[1:4], strict=True):
+        back = unit_from_row(row)
+        assert isinstance(back, Unit)
+        assert same(back, unit)
+        assert not back.pcm.flags.owndata
+
+
+def run_decode(config: Config, items: list[todo.Item], faults: Faults | None = None) -> list[Unit | UnitResult]:
+    (table,) = todo.blocks(items, tasks=1) if len(items) == 1 else [pa.concat_tables(todo.blocks(items, tasks=1))]
+    tables = list(decode(table, config, faults))
+    assert all(t.schema.equals(UNIT_ROW) and t.num_rows == 1 for t in tables)
+    return [unit_from_row(row) for t in tables for row in rows_of(t)]
+
+
+@pytest.fixture
+def config(fake_config: Callable[..., Config]) -> Config:
+    """Units of half a minute, so that a file of 100 s has several."""
+    return fake_config(vad="none", unit_length_s=30)
+
+
+@pytest.fixture
+def recording(tmp_path: Path) -> Recording:
+    return Recording(id="long", uri=str(write_wav(tmp_path / "long.wav", tone(220, 100.0))))
+
+
+def test_decode_yields_every_unit_of_every_recording(config: Config, recording: Recording) -> None:
+    gone = Recording(id="gone", uri="/no/such/file.wav")
+    units = run_decode(config, [todo.item(gone), todo.item(recording)])
+    first, *rest = units
+    assert isinstance(first, UnitResult)
+    assert first.failure is not None
+    assert (first.failure.kind, first.failure.stage) == ("not_found", "decode")
+    assert [u.index for u in rest] == list(range(len(rest)))
+    assert len(rest) >= 4
+    assert sum(u.n_samples for u in rest) == 1_600_000
+
+
+def test_decode_leaves_out_what_is_done_and_cuts_the_same(config: Config, recording: Recording) -> None:
+    everything = run_decode(config, [todo.item(recording)])
+    rest = run_decode(config, [todo.item(recording, done=[0, 2])])
+    assert [u.index for u in rest] == [u.index for u in everything if u.index not in (0, 2)]
+    assert all(same(u, everything[u.index]) for u in rest)
+
+
+def test_audio_that_is_gone_ends_a_begun_recording_at_its_gap(config: Config) -> None:
+    gone = Recording(id="gone", uri="/no/such/file.wav")
+    (failure,) = run_decode(config, [todo.item(gone, done=[0, 1, 3], gap_start=4711)])
+    assert (failure.index, failure.start, failure.is_last) == (2, 4711, True)
+    assert run_decode(config, [todo.item(gone, done=[0, 1, 3])]) == []  # a retry: the failure that stands is enough
+
+
+def test_a_fault_in_decode_costs_its_recording(config: Config, recording: Recording) -> None:
+    faults = Faults([Fault(match="lo*", stage="decode", kind="oom")], None)
+    (failed,) = run_decode(config, [todo.item(recording)], faults)
+    assert isinstance(failed, UnitResult)
+    assert failed.failure == Failure("memory", "injected oom", "decode")
+
+
+def stage(config: Config, batch: list[Unit | UnitResult]) -> list[UnitResult]:
+    table = pa.Table.from_pylist([unit_to_row(item) for item in batch], schema=UNIT_ROW)
+    result = asyncio.run(EngineStage(config, engine_config(config))(table))
+    assert result.schema.equals(schema.UNITS)
+    return [schema.unit_from_row(row) for row in result.to_pylist()]
+
+
+def test_the_engine_stage_answers_each_row_in_order(fake_config: Callable[..., Config]) -> None:
+    config = fake_config(fake__faults=[{"match": "bad", "kind": "nan"}])
+    bad = dataclasses.replace(RECORDING, id="bad")
+    unreadable = UnitResult(RECORDING, 0, True, 0, 0, failure=Failure("empty_audio", "no", "decode"))
+    good, failed, passed = stage(
+        config,
+        [Unit(RECORDING, 0, 0, tone(220, 1.0), True), Unit(bad, 0, 0, tone(220, 2.0), True), unreadable],
+    )
+    assert good.segments
+    assert failed.failure is not None
+    assert (failed.failure.kind, failed.skipped[0].n_samples) == ("non_finite", 32_000)
+    assert passed == unreadable
+
+
+def test_a_fault_in_the_sink_strikes_between_the_two_objects() -> None:
+    faults = Faults([Fault(match="b", stage="sink", kind="raise")], None)
+    fail_before_commit(pa.table({"recording_id": ["a", "c"]}), faults)
+    with pytest.raises(StoreError):
+        fail_before_commit(pa.table({"recording_id": ["a", "b"]}), faults)
