@@ -36,11 +36,12 @@ def timing(word: str, start: float, end: float) -> WordTiming:
 
 
 def test_punctuation_joins_its_word() -> None:
-    drafts = [Draft(0.0, 3.0, [1] * 5, "")]
-    words = [timing(' "', 0, 0.1), timing("Hello", 0.1, 0.5), timing(",", 0.5, 0.6), timing(" you", 0.6, 1.0)]
-    place_words(drafts, [*words, timing(".", 1.0, 1.1)], 10.0, 10.0, EOT)
-    assert [(w.word, w.start, w.end) for w in drafts[0].words] == [(' "Hello,', 10.1, 10.5), (" you", 10.6, 11.0)]
-    assert (drafts[0].start, drafts[0].end) == (0.0 + 10.1, 11.0) or drafts[0].start == 0.0
+    """And leaves the word's own times; words pull their segment's start and end to them."""
+    drafts = [Draft(10.0, 12.0, [1] * 5, "")]
+    marks = [timing(' "', 0.0, 0.3), timing("Hello", 0.3, 0.6), timing(",", 0.6, 0.9), timing(" you", 0.9, 1.2)]
+    place_words(drafts, [*marks, timing(".", 1.2, 1.5)], 10.0, 10.0, EOT)
+    assert [(w.word, w.start, w.end) for w in drafts[0].words] == [(' "Hello,', 10.3, 10.6), (" you.", 10.9, 11.2)]
+    assert (drafts[0].start, drafts[0].end) == (10.3, 11.2)
 
 
 def test_a_first_word_that_swallowed_a_pause_is_shortened() -> None:
