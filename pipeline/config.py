@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import ConfigError
 from pipeline.types import Algorithm, DecodeOptions, Task
@@ -37,7 +37,7 @@ FAULT_KINDS: dict[FaultStage, tuple[FaultKind, ...]] = {
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
 
 
 class Fault(_Frozen):
@@ -121,6 +121,12 @@ class Config(_Frozen):
 
     ray: RayConfig = RayConfig()
     pool: PoolConfig = PoolConfig()
+
+    @field_validator("language", mode="before")
+    @classmethod
+    def _norwegian(cls, value: Any) -> Any:
+        """YAML reads `no`, the code of Norwegian, as false."""
+        return "no" if value is False else value
 
     @model_validator(mode="after")
     def _agree(self) -> Config:

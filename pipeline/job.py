@@ -21,6 +21,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import pyarrow as pa
 from rich.console import Console
@@ -30,13 +31,13 @@ from pipeline.config import Config, RayConfig, fingerprint_keys
 from pipeline.engine import EngineConfig, engine_config
 from pipeline.engine.checkpoint import model_fingerprint, read_json, resolve_model
 from pipeline.engine.fake import Faults
-from pipeline.engine.tokens import Tokenizer
+from pipeline.engine.tokens import Tokenizer, check_options
 from pipeline.errors import ConfigError, MurmurError, OutputError
 from pipeline.finalize import Success, finalize
 from pipeline.lease import Lease
 from pipeline.ledger import Ledger
 from pipeline.manifest import read_inputs
-from pipeline.output import Output, open_output, read_output, write_inputs
+from pipeline.output import Output, open_output, read_output, refuse_mismatch, write_inputs
 from pipeline.pools import Node, Pools, size_pools
 from pipeline.report import Standing, Summary, Work, exit_code, number_of, progress
 
@@ -146,37 +147,31 @@ def _engine(config: Config, output: Output, pools: Pools, faults: Faults | None)
 def begin(uri: str, config: Config, n_listed: int, cluster: Cluster) -> Output:
     """The output folder, begun or found to be this run's. Raises `ModelError`, `OutputError`, `OutputMismatchError`."""
     weights, revision = identify(config)
-    resolved = {"dtype": resolve_dtype(uri, config, cluster), "weights": weights, "revision": revision}
     return open_output(
         uri,
         settings=config.model_dump(mode="json"),
-        keys=fingerprint_keys(config) | resolved,
+        keys=_keys(config, resolve_dtype(uri, config, cluster), weights, revision),
         model=config.model,
         model_revision=revision,
         n_shards=config.pool.shards or max(1, min(256, n_listed // RECORDINGS_PER_SHARD)),
     )
 
 
+def _keys(config: Config, dtype: str, weights: str, revision: str | None) -> dict[str, Any]:
+    """What a result depends on, as resolved."""
+    return fingerprint_keys(config) | {"dtype": dtype, "weights": weights, "revision": revision}
+
+
 def identify(config: Config) -> tuple[str, str | None]:
     """(hash of the weights, the model's revision): its files found, fetched if need be, and looked over."""
-    if config.engine == "serve":
-        raise ConfigError("engine: serve does not exist yet; leave it out, or use engine: fake for a trial")
+    engine_config(config)
     if config.engine == "fake":
         return "fake", config.revision
     folder = resolve_model(config.model, config.revision)
-    _check_language(folder, config)
+    # What the engine refuses for every recording is refused once, here, without torch.
+    check_options(config.decode_options(), Tokenizer.load(folder, read_json(folder, "config.json")["vocab_size"]))
     # The hub's cache names a snapshot's folder by its commit.
     return model_fingerprint(folder), folder.name if folder.parent.name == "snapshots" else config.revision
-
-
-def _check_language(folder: Path, config: Config) -> None:
-    """What the engine refuses for every recording is refused once, here, without torch."""
-    tokenizer = Tokenizer.load(folder, read_json(folder, "config.json")["vocab_size"])
-    known = sorted(tokenizer.languages) or ["en"]
-    if config.language not in (None, "window", *known):
-        raise ConfigError(f"language {config.language!r} is not one of the model's: {' '.join(known)}")
-    if config.task == "translate" and not tokenizer.multilingual:
-        raise ConfigError(f"task translate needs a multilingual model, which {config.model} is not")
 
 
 def resolve_dtype(uri: str, config: Config, cluster: Cluster) -> str:
@@ -194,13 +189,15 @@ def resolve_dtype(uri: str, config: Config, cluster: Cluster) -> str:
 
 
 def estimate(inputs: Sequence[str], output_uri: str, config: Config) -> todo.Estimate:
-    """What a run would have to do: `--dry-run`. Writes nothing, starts nothing."""
+    """What a run would have to do: `--dry-run`. Writes nothing, starts nothing, refuses what the run would refuse."""
     listed = [todo.item(recording) for recording in read_inputs(inputs)]
-    identify(config)
+    weights, revision = identify(config)
     try:
         output = read_output(output_uri)
     except OutputError:  # not begun yet
         return todo.Estimate.of(listed, listed)
+    dtype = output.run.keys["dtype"] if config.dtype == "auto" else config.dtype
+    refuse_mismatch(output.store, output.run, _keys(config, dtype, weights, revision))
     return todo.Estimate.of(listed, todo.missing(listed, Ledger.read(output.store, output.run.n_shards)))
 
 

@@ -96,7 +96,7 @@ def open_output(
             run = _begin(store, Run(model, model_revision, fingerprint(keys), dict(keys), dict(settings), n_shards))
     except StoreError as error:
         raise OutputError(f"output {store}: {error}") from None
-    _refuse_mismatch(store, run, _plain(keys))
+    refuse_mismatch(store, run, keys)
     return Output(store, run)
 
 
@@ -144,8 +144,9 @@ def _refuse_foreign(store: Store) -> None:
         raise OutputError(f"output {store} holds {', '.join(there)} but no readable {CONFIG}: choose another folder")
 
 
-def _refuse_mismatch(store: Store, run: Run, keys: Mapping[str, Any]) -> None:
-    unset = "(not set)"
+def refuse_mismatch(store: Store, run: Run, keys: Mapping[str, Any]) -> None:
+    """Raises `OutputMismatchError` that names the keys in which `keys` differ from those the output was begun with."""
+    keys, unset = _plain(keys), "(not set)"
     differing = [
         f"{key}: {run.keys.get(key, unset)!r} there, {keys.get(key, unset)!r} here"
         for key in sorted(run.keys.keys() | keys.keys())

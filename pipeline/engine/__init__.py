@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 from pipeline.config import Config, Fault
+from pipeline.errors import ConfigError
 from pipeline.types import DecodeOptions, Hypothesis, Pcm, Recording, Unit, UnitResult
 
 
@@ -52,7 +53,8 @@ class Engine(Protocol):
         ...
 
     def run(self, units: Iterable[Unit], options: DecodeOptions) -> Iterator[UnitResult]:
-        """Every Unit's result, as each ends; one that the engine failed at is a failed result.
+        """Every Unit's result, as each ends; one that the engine failed at is a failed result, and so is one whose
+        manifest line asks for what the model cannot do.
 
         Units are drawn from the iterable only as lanes need them. Raises `ConfigError` for options it cannot honour.
         """
@@ -69,6 +71,11 @@ class Engine(Protocol):
         """Stops the dispatcher; what is in flight fails with `EngineError`."""
         ...
 
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *error: object) -> None:
+        """Closes it."""
+
 
 def load_engine(config: EngineConfig) -> Engine:
     """Loads the weights and allocates the lanes. Raises `ModelError` with one line a user can act on."""
@@ -82,7 +89,9 @@ def load_engine(config: EngineConfig) -> Engine:
 
 
 def engine_config(config: Config, threads: int | None = None) -> EngineConfig:
-    """The engine's part of the run's settings."""
+    """The engine's part of the run's settings. Raises `ConfigError` for an engine that is not one of this process."""
+    if config.engine == "serve":
+        raise ConfigError("engine: serve does not exist yet; leave it out, or use engine: fake for a trial")
     return EngineConfig(
         model=config.model,
         revision=config.revision,

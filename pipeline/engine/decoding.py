@@ -10,6 +10,7 @@ This page knows nothing of lanes' memory, threads or requests.
 from __future__ import annotations
 
 import hashlib
+import math
 import zlib
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from torch import Tensor
 from pipeline.engine.features import FRAMES_PER_SECOND, HOP, N_FRAMES, LogMel
 from pipeline.engine.timing import CLOSING, OPENING, Draft, WordTiming, frames, last_word_end, place_words
 from pipeline.engine.tokens import Tokenizer
-from pipeline.errors import ConfigError, NonFiniteError
+from pipeline.errors import NonFiniteError
 from pipeline.types import SAMPLE_RATE, DecodeOptions, Hypothesis, Pcm, Segment
 
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -118,25 +119,6 @@ Walk = Generator[Request, Any, Hypothesis]
 # -- the seek loop ---------------------------------------------------------------------------------------
 
 
-def check_options(options: DecodeOptions, tokenizer: Tokenizer) -> None:
-    """Refuses what this model or this engine cannot honour. Raises `ConfigError`."""
-    for name in ("beam_size", "patience", "hotwords"):
-        if getattr(options, name) is not None:
-            raise ConfigError(f"{name} is not supported")
-    languages = tokenizer.languages or {"en": 0}
-    if options.language not in (None, "window") and options.language not in languages:
-        raise ConfigError(f"language {options.language!r} is not one of the model's: {' '.join(sorted(languages))}")
-    if options.task == "translate" and not tokenizer.multilingual:
-        raise ConfigError("task translate needs a multilingual model")
-    if not 1 <= options.chunk_length_s <= 30:
-        raise ConfigError(f"chunk_length_s {options.chunk_length_s} is not within 1 ... 30")
-    sequential_only = options.hallucination_silence_threshold is not None or options.clip_timestamps != (0.0,)
-    if sequential_only and options.algorithm != "sequential":
-        raise ConfigError("hallucination_silence_threshold and clip_timestamps need algorithm sequential")
-    if options.hallucination_silence_threshold is not None and not options.word_timestamps:
-        raise ConfigError("hallucination_silence_threshold needs word timestamps")
-
-
 def walk(
     span: Span, options: DecodeOptions, tokenizer: Tokenizer, voice: Window | None = None, first: bool = True
 ) -> Walk:
@@ -169,21 +151,23 @@ def walk(
             if running_on and window.n_frames < N_FRAMES:
                 advance = 0 if silence else _keep_finished(drafts, window)
                 if not advance:
-                    length *= 2
+                    length = min(2 * length, N_FRAMES)
                     continue
             length = chunk
             if silence:
                 seek += window.n_frames
                 continue
+            if options.algorithm == "windows":
+                drafts = [d for d in drafts if not _is_behind_the_end(d, span)]
+                _clear_empty(drafts)  # before words are timed: asking for words never changes the text
             next_seek, believed = seek + advance, True
             if options.word_timestamps:
                 next_seek, believed = yield from _time_words(
                     window, drafts, single_ending, next_seek, options, tokenizer, state
                 )
             if believed:
-                for draft in drafts:
-                    if draft.start == draft.end or not draft.text.strip():
-                        draft.text, draft.tokens, draft.words = "", [], []  # stays as an empty row
+                if options.algorithm == "sequential":
+                    _clear_empty(drafts)
                 state.segments += _segments(drafts, decoded, temperature, tokenizer, state)
                 history.extend(drafts, temperature)
             # A last word that ends where the window began would never let go of it.
@@ -376,8 +360,22 @@ def _keep_finished(drafts: list[Draft], window: Window) -> int:
     return max(0, frames(end) - window.seek)
 
 
-def _is_invented(draft: Draft) -> bool:
-    return len(draft.text) > 5 + MAX_CHARACTERS_PER_S * (draft.end - draft.start)
+def _is_invented(draft: Draft, latest: float = math.inf) -> bool:
+    """More text than a voice can say in the time, which ends at `latest` whatever the model says."""
+    return len(draft.text) > 5 + MAX_CHARACTERS_PER_S * (min(draft.end, latest) - draft.start)
+
+
+def _is_behind_the_end(draft: Draft, span: Span) -> bool:
+    """A sentence that begins where the audio ends was heard in the padding: a model may make one up there."""
+    end = len(span.pcm) / SAMPLE_RATE
+    return draft.start >= end - 0.1 and _is_invented(draft, latest=end)
+
+
+def _clear_empty(drafts: Sequence[Draft]) -> None:
+    """An instantaneous segment, or one without text, stays as an empty row."""
+    for draft in drafts:
+        if draft.start == draft.end or not draft.text.strip():
+            draft.text, draft.tokens, draft.words = "", [], []
 
 
 def _draft(start: float, end: float, tokens: list[int], tokenizer: Tokenizer) -> Draft:

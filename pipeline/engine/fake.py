@@ -15,6 +15,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Self
 
 import numpy as np
 
@@ -141,6 +142,12 @@ class FakeEngine:
         return self._result(unit, options, fault)
 
     def close(self) -> None:
+        return None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         return None
 
     def _result(self, unit: Unit, options: DecodeOptions, fault: Fault | None) -> UnitResult:

@@ -36,6 +36,8 @@ class LogMel:
         `maximum` is the log-mel maximum that the 8-decade clamp starts from: the span's (`maximum_of`), or None
         for the window's own. Frames past the window are literal zeros, as in the reference.
         """
+        if n_frames > N_FRAMES:
+            raise ValueError(f"{n_frames} frames in a window of {N_FRAMES}")
         content = len(pcm) // HOP
         reach = n_frames + 3 if start + n_frames >= content else n_frames  # the last samples lie in the next frames
         frames = self._log10(pcm, start, reach)

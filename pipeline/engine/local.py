@@ -7,29 +7,34 @@ It knows how a Unit becomes walks and their Hypotheses a result; batching is `sc
 from __future__ import annotations
 
 import asyncio
+import atexit
 import hashlib
+import logging
 import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from pipeline.engine import EngineConfig, EngineInfo, options_for
 from pipeline.engine.checkpoint import resolve_model
-from pipeline.engine.decoding import Span, Window, check_options, walk
+from pipeline.engine.decoding import Span, Window, walk
 from pipeline.engine.features import HOP, N_SAMPLES, LogMel
 from pipeline.engine.model import WhisperModel
 from pipeline.engine.scheduler import Scheduler, Task
-from pipeline.engine.tokens import Tokenizer
-from pipeline.errors import ConfigError, EngineError, ModelError, failure_of
+from pipeline.engine.tokens import Tokenizer, check_options
+from pipeline.errors import ConfigError, EngineError, ModelError, MurmurError, failure_of
 from pipeline.stitch import failed_unit, stitch_unit
 from pipeline.types import DecodeOptions, Hypothesis, Pcm, Unit, UnitResult
 from pipeline.windows import language_slice, plan
+
+log = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -44,8 +49,10 @@ class LocalEngine:
         self._scheduler = Scheduler(model, tokenizer, features, info.lanes)
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._closed = False
+        self._door = threading.Lock()  # nothing is posted behind the end
         self._thread = threading.Thread(target=self._dispatch, name="engine", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # a thread still inside torch when the interpreter ends aborts the process
 
     @classmethod
     def load(cls, config: EngineConfig) -> LocalEngine:
@@ -78,34 +85,50 @@ class LocalEngine:
         return [future.result() for future in futures]
 
     def run(self, units: Iterable[Unit], options: DecodeOptions) -> Iterator[UnitResult]:
+        check_options(options, self._tokenizer)
         finished: queue.SimpleQueue[_UnitJob] = queue.SimpleQueue()
         todo = iter(units)
         jobs: set[_UnitJob] = set()
         more = True
-        while True:
-            # Twice the lanes' worth of spans keeps them filled while the caller handles a result.
-            while more and (not jobs or sum(job.n_spans for job in jobs) < 2 * self.info.lanes):
-                unit = next(todo, None)
-                if unit is None:
-                    more = False
-                    break
-                job = self._submit(unit, options)
-                jobs.add(job)
-                job.future.add_done_callback(partial(_hand_over, finished, job))
-            if not jobs:
-                return
-            job = finished.get()
-            jobs.remove(job)
-            yield job.result()
+        try:
+            while more or jobs:
+                # Twice the lanes' worth of spans keeps them filled while the caller handles a result.
+                while more and (not jobs or sum(job.n_spans for job in jobs) < 2 * self.info.lanes):
+                    unit = next(todo, None)
+                    if unit is None:
+                        more = False
+                        break
+                    try:
+                        job = self._submit(unit, options)
+                    except ConfigError as error:  # what this recording's manifest line asks for
+                        yield failed_unit(unit, failure_of(error, "engine"))
+                        continue
+                    jobs.add(job)
+                    job.future.add_done_callback(partial(_hand_over, finished, job))
+                if jobs:
+                    job = finished.get()
+                    jobs.remove(job)
+                    yield job.result()
+        finally:  # a caller that goes away takes its work along
+            for job in jobs:
+                job.future.cancel()
 
     async def submit(self, unit: Unit, options: DecodeOptions) -> UnitResult:
         return await asyncio.wrap_future(self._submit(unit, options).future)
 
     def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            self._inbox.put(None)
-            self._thread.join()
+        with self._door:
+            if not self._closed:
+                self._closed = True
+                self._inbox.put(None)
+        self._thread.join()
+        atexit.unregister(self.close)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     # -- from a Unit to walks --------------------------------------------------------------------------------
 
@@ -125,9 +148,10 @@ class LocalEngine:
     # -- the dispatcher --------------------------------------------------------------------------------------
 
     def _post(self, work: Callable[[], None]) -> None:
-        if self._closed:
-            raise EngineError("the engine is closed")
-        self._inbox.put(work)
+        with self._door:
+            if self._closed:
+                raise EngineError("the engine is closed")
+            self._inbox.put(work)
 
     def _dispatch(self) -> None:
         """Owns the device: takes in what came, then one step for all, until closed."""
@@ -137,7 +161,10 @@ class LocalEngine:
                 if work is None:
                     self._scheduler.fail_all(EngineError("the engine was closed"))
                     return
-                work()
+                try:
+                    work()
+                except Exception:  # it has told its own future; the dispatcher serves all others
+                    log.exception("engine: a request could not be started")
             try:
                 self._scheduler.step()
             except Exception as error:  # the device's state is unknown: everything in flight ends, the engine goes on
@@ -165,6 +192,13 @@ class _UnitJob:
 
     def start(self) -> None:
         """On the dispatcher's thread, as all that follows."""
+        try:
+            self._start_walks()
+        except Exception as error:
+            _settle(self.future, error)
+            raise
+
+    def _start_walks(self) -> None:
         if not self.n_spans:
             self._finish()
         unit, voice = self._unit, self._voice()
@@ -217,12 +251,16 @@ class _UnitJob:
 
 
 def _settle(future: Future[Any], result: Any) -> None:
-    if future.cancelled() or future.done():
-        return
-    if isinstance(result, Exception):
-        future.set_exception(result)
-    else:
-        future.set_result(result)
+    """Tells whoever awaits it, unless they have cancelled; an error that is not of our tree is an `EngineError`."""
+    with suppress(InvalidStateError):
+        if not isinstance(result, Exception):
+            future.set_result(result)
+        elif isinstance(result, MurmurError):
+            future.set_exception(result)
+        else:
+            error = EngineError(f"{type(result).__name__}: {result}")
+            error.__cause__ = result
+            future.set_exception(error)
 
 
 def _device(name: str) -> torch.device:

@@ -23,6 +23,7 @@ from pipeline.engine.tokens import Tokenizer
 
 ENCODE_BATCH = 4  # windows encoded together, a little ahead of the lanes
 ALIGN_BATCH = 4
+ALIGN_PATIENCE = 16  # steps that a smaller batch waits for company while lanes are busy
 LANGUAGES_REMEMBERED = 4096  # detections, by name of their audio: all Units of a recording ask the same
 LENGTH_STEP = 64  # self-attention is bounded by a multiple of this, so that shapes repeat
 
@@ -69,6 +70,7 @@ class Scheduler:
         self._decodes: deque[tuple[_Ask, Decode, int]] = deque()  # with the candidate's seed
         self._detects: deque[tuple[_Ask, DetectLanguage]] = deque()
         self._aligns: deque[tuple[_Ask, Align]] = deque()
+        self._aligns_waited = 0  # steps
         self._tasks: set[Task] = set()
         self._languages: OrderedDict[bytes, tuple[str, float]] = OrderedDict()
 
@@ -167,19 +169,24 @@ class Scheduler:
         if not ready:
             return
         self._detects = deque(entry for entry in self._detects if entry[1].window.hidden is None)
-        sot = torch.full((len(ready), 1), self._tokenizer.sot, device=self._model.device)
-        logits, _ = self._model.forward(_stack([detect.window for _, detect in ready]), sot)
+        windows = list(dict.fromkeys(detect.window for _, detect in ready))  # all spans of a Unit ask about one
+        sot = torch.full((len(windows), 1), self._tokenizer.sot, device=self._model.device)
+        logits, _ = self._model.forward(_stack(windows), sot)
         codes = list(self._tokenizer.languages)
         ids = torch.tensor(list(self._tokenizer.languages.values()), device=logits.device)
-        probabilities = logits[:, 0, ids].softmax(-1)
-        best = probabilities.max(-1)
-        for (ask, detect), value, index in zip(ready, best.values.tolist(), best.indices.tolist(), strict=True):
-            answer = codes[index], value
-            if detect.window.key is not None:
-                self._languages[detect.window.key] = answer
-                if len(self._languages) > LANGUAGES_REMEMBERED:
-                    self._languages.popitem(last=False)
-            self._advance(ask.task, answer)
+        best = logits[:, 0, ids].softmax(-1).max(-1)
+        found = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        answers = {window: (codes[i], value) for window, (i, value) in zip(windows, found, strict=True)}
+        for window, answer in answers.items():
+            self._remember_language(window, answer)
+        for ask, detect in ready:
+            self._advance(ask.task, answers[detect.window])
+
+    def _remember_language(self, window: Window, answer: tuple[str, float]) -> None:
+        if window.key is not None:
+            self._languages[window.key] = answer
+            if len(self._languages) > LANGUAGES_REMEMBERED:
+                self._languages.popitem(last=False)
 
     # -- the decoder -----------------------------------------------------------------------------------------
 
@@ -262,10 +269,14 @@ class Scheduler:
     # -- words -----------------------------------------------------------------------------------------------
 
     def _answer_aligns(self) -> None:
-        """Times words in batches; a small batch waits while lanes are busy and more may come."""
-        busy = any(lane is not None for lane in self._lanes)
-        if not self._aligns or (busy and len(self._aligns) < ALIGN_BATCH):
+        """Times words in batches; a small batch waits a few steps while lanes are busy and more may come."""
+        if not self._aligns:
             return
+        self._aligns_waited += 1
+        busy = any(lane is not None for lane in self._lanes)
+        if busy and len(self._aligns) < ALIGN_BATCH and self._aligns_waited < ALIGN_PATIENCE:
+            return
+        self._aligns_waited = 0
         batch = [self._aligns.popleft() for _ in range(min(ALIGN_BATCH, len(self._aligns)))]
         for (ask, _), timings in zip(batch, self._align([align for _, align in batch]), strict=True):
             self._advance(ask.task, timings)

@@ -55,7 +55,7 @@ def attention_cost(scores: Tensor, n_frames: int, n_sot: int) -> NDArray[np.floa
     Softmax over time, standardised over tokens, median over time, mean over heads, negated; the prompt's rows and
     the end token's go only after the standardisation, as in the reference.
     """
-    weights = scores[:, :, : n_frames // 2].softmax(dim=-1)
+    weights = scores[:, :, : max(1, n_frames // 2)].softmax(dim=-1)  # one frame has a position too
     std, mean = torch.std_mean(weights, dim=-2, keepdim=True, unbiased=False)
     weights = _median_filter((weights - mean) / std)
     return -weights.mean(dim=0)[n_sot:-1].double().cpu().numpy()

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer as BpeTokenizer
 
-from pipeline.errors import ModelError
+from pipeline.errors import ConfigError, ModelError
+from pipeline.types import DecodeOptions
 
 # Written without spaces between words: split at every code point.
 UNSPACED_LANGUAGES = frozenset({"zh", "ja", "th", "lo", "my", "yue"})
@@ -161,3 +162,25 @@ class Tokenizer:
         """As `decode`, with special tokens by name: they need a width of their own in `_split_code_points`."""
         parts = (self._bytes[t] if t < self.eot else str(self._bpe.id_to_token(t) or "").encode() for t in tokens)
         return b"".join(parts).decode("utf-8", errors="replace")
+
+
+def check_options(options: DecodeOptions, tokenizer: Tokenizer) -> None:
+    """Refuses what the engine, or a model with this vocabulary, cannot honour. Raises `ConfigError`."""
+    for name in ("beam_size", "patience", "hotwords"):
+        if getattr(options, name) is not None:
+            raise ConfigError(f"{name} is not supported")
+    languages = tokenizer.languages or {"en": 0}
+    if options.language not in (None, "window") and options.language not in languages:
+        raise ConfigError(f"language {options.language!r} is not one of the model's: {' '.join(sorted(languages))}")
+    outside = next((t for t in options.suppress_tokens if not -1 <= t < tokenizer.n_vocab), None)
+    if outside is not None:
+        raise ConfigError(f"suppress_tokens: {outside} is no token of the model (0 ... {tokenizer.n_vocab - 1}, or -1)")
+    if options.task == "translate" and not tokenizer.multilingual:
+        raise ConfigError("task translate needs a multilingual model")
+    if not 1 <= options.chunk_length_s <= 30:
+        raise ConfigError(f"chunk_length_s {options.chunk_length_s} is not within 1 ... 30")
+    sequential_only = options.hallucination_silence_threshold is not None or options.clip_timestamps != (0.0,)
+    if sequential_only and options.algorithm != "sequential":
+        raise ConfigError("hallucination_silence_threshold and clip_timestamps need algorithm sequential")
+    if options.hallucination_silence_threshold is not None and not options.word_timestamps:
+        raise ConfigError("hallucination_silence_threshold needs word timestamps")

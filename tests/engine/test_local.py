@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 from pipeline.demo import model_path
 from pipeline.demo.train.heldout import Clip, make_clip
 from pipeline.engine import EngineConfig, load_engine
+from pipeline.engine.decoding import Align, Span, Walk, Window, walk
 from pipeline.engine.local import LocalEngine
 from pipeline.engine.model import WhisperModel
 from pipeline.errors import ConfigError, EngineError, ModelError
@@ -111,8 +114,12 @@ def test_refusals(engine: LocalEngine, clips: list[Clip]) -> None:
         engine.decode([np.zeros(480_001, np.int16)], PLAIN)
     with pytest.raises(ConfigError, match="klingon"):
         engine.decode([clips[0].pcm], dataclasses.replace(PLAIN, language="klingon"))
-    with pytest.raises(ConfigError, match="xx"):
-        list(engine.run([unit(clips[0], language="xx")], PLAIN))
+    with pytest.raises(ConfigError, match="999999"):
+        list(engine.run([unit(clips[0])], dataclasses.replace(PLAIN, suppress_tokens=(999_999,))))
+    refused, fine = engine.run([unit(clips[0], language="xx"), unit(clips[0])], PLAIN)
+    assert refused.failure is not None
+    assert "xx" in refused.failure.message
+    assert fine.failure is None, "what one manifest line asks for is its own failure"
 
 
 def test_closed() -> None:
@@ -136,6 +143,52 @@ def test_a_device_error_ends_what_is_in_flight_and_nothing_else(
         assert "device on fire" in failed.failure.message
     (fine,) = engine.run([unit(clips[0])], PLAIN)
     assert fine.failure is None
+
+
+def test_a_walk_that_breaks_is_its_own_unit_s_failure(
+    engine: LocalEngine, clips: list[Clip], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(span: Span, *rest: object, **more: object) -> Walk:
+        if span.start == 16_000:
+            raise KeyError("a fault of ours")
+        return walk(span, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("pipeline.engine.local.walk", broken)
+    poison = dataclasses.replace(unit(clips[0], "poison"), index=1, start=16_000)
+    results = {r.recording.id: r for r in engine.run([unit(clips[1], "well"), poison, unit(clips[2], "too")], PLAIN)}
+    assert results["poison"].failure is not None
+    assert "a fault of ours" in results["poison"].failure.message
+    assert results["well"].failure is None
+    assert results["too"].failure is None
+
+
+def test_a_caller_that_goes_away_takes_its_work_along(engine: LocalEngine, clips: list[Clip]) -> None:
+    results = engine.run([unit(clip) for clip in clips], PLAIN)
+    next(results)
+    results.close()  # type: ignore[attr-defined]
+    (after,) = engine.run([unit(clips[0])], PLAIN)
+    assert after.failure is None
+    assert engine._scheduler.idle
+
+
+def test_words_of_one_frame(engine: LocalEngine) -> None:
+    """A window of 10 ms has half an encoder position; whatever text a model gives it, timing it is no error."""
+    window = Window(Span(np.zeros(160, np.int16)), 0, 1)
+    window.hidden = torch.zeros(1500, 192)
+    (timings,) = engine._scheduler._align([Align(window, (1000, 1001), "en", "transcribe")])
+    assert all(t.start == t.end == 0.0 for t in timings)
+
+
+def test_an_engine_left_open_does_not_break_the_exit() -> None:
+    program = """
+import numpy as np
+from pipeline.engine import EngineConfig, load_engine
+from pipeline.types import DecodeOptions
+engine = load_engine(EngineConfig(model="demo", dtype="float32", lanes=2))
+engine.decode([np.zeros(16000, np.int16)], DecodeOptions())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from pipeline.demo import model_path
-from pipeline.engine.decoding import Decode, Decoded, DetectLanguage, Span, check_options, compression_ratio, walk
-from pipeline.engine.tokens import Tokenizer
+from pipeline.engine.decoding import Decode, Decoded, DetectLanguage, Span, compression_ratio, walk
+from pipeline.engine.tokens import Tokenizer, check_options
 from pipeline.errors import ConfigError, NonFiniteError
 from pipeline.types import DecodeOptions, Hypothesis
 
@@ -157,6 +157,29 @@ def test_a_window_in_which_nothing_ended_grows(tokenizer: Tokenizer) -> None:
     assert windows(asked)[:4] == [(0, 1), (0, 2), (0, 4), (3, 1)]
     assert hypothesis.segments[0].text == " whole sentence"
     assert "half" not in "".join(s.text for s in hypothesis.segments)
+
+
+@pytest.mark.parametrize("chunk_length_s", [1, 5, 8, 10, 20, 30])
+def test_growing_windows_leave_nothing_out(tokenizer: Tokenizer, chunk_length_s: int) -> None:
+    """Nothing ever ends: windows grow to 30 s and no further, and lie end to end."""
+    said = [at(0), *tokenizer.encode(" endless")]
+    options = DecodeOptions(language="en", chunk_length_s=chunk_length_s)
+    _, asked = run(100, options, tokenizer, lambda _: (said, GOOD, 0.0))
+    assert max(d.window.n_frames for d in asked) == 3000
+    longest = {d.window.seek: d.window.n_frames for d in asked}
+    seek = 0
+    while seek < 10_000:
+        seek += longest[seek]
+    assert seek == 10_000
+
+
+def test_a_sentence_heard_behind_the_end_is_not_believed(tokenizer: Tokenizer) -> None:
+    spoken, invented = tokenizer.encode(" spoken"), tokenizer.encode(" On Thursday the pig laughs in the forest.")
+    said = [at(0), *spoken, at(5.5), at(5.98), *invented, at(8)]
+    hypothesis, _ = run(6, EN, tokenizer, lambda _: (said, GOOD, 0.0))
+    assert [s.text for s in hypothesis.segments] == [" spoken"]
+    sequential, _ = run(6, SEQUENTIAL, tokenizer, lambda _: (said, GOOD, 0.0))
+    assert len(sequential.segments) == 2, "the reference keeps it"
 
 
 def test_text_up_to_the_cut_is_not_believed(tokenizer: Tokenizer) -> None:
