@@ -7,6 +7,7 @@ file that has its traceback.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -201,8 +202,6 @@ def _show_end(summary: Summary, output: str, console: Console) -> None:
 
 
 def _show_estimate(inputs: Sequence[str], output: str, config: Config, console: Console) -> Mapping[str, Any]:
-    import dataclasses
-
     from pipeline.job import estimate
     from pipeline.report import hours
 
@@ -226,19 +225,20 @@ def _print_transcripts(
     from pipeline.manifest import read_inputs
 
     recordings = list(read_inputs(inputs))
-    engine = load_engine(engine_config(config))
     objects, code = [], EXIT_OK
-    try:
+    with load_engine(engine_config(config)) as engine:
         for transcript in _transcripts(recordings, engine, config):
-            objects.append({"id": transcript.recording.id, "status": transcript.status, **verbose(transcript)})
+            failure = dataclasses.asdict(transcript.failure) if transcript.failure else None
+            status = {"id": transcript.recording.id, "status": transcript.status, "failure": failure}
+            objects.append({**status, **verbose(transcript)})
             if not as_json:
+                if len(recordings) > 1:  # on stderr, so that stdout is the transcripts and nothing else
+                    typer.echo(f"{transcript.recording.id}:", err=True)
                 sys.stdout.write(FORMATS[format.value](transcript))
                 sys.stdout.flush()
             if transcript.failure is not None:
                 code = EXIT_FAILED
                 _say(f"{transcript.recording.id}: {transcript.failure.kind}: {transcript.failure.message}")
-    finally:
-        engine.close()
     return code, as_json, {"transcripts": objects}
 
 

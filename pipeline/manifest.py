@@ -62,6 +62,8 @@ def read_inputs(inputs: Sequence[str]) -> Iterator[Recording]:
     """
     if not inputs:
         raise ManifestError("no input was given")
+    if not all(text.strip() for text in inputs):
+        raise ManifestError("an input is an empty text: name a file, a folder, a glob or a manifest")
     ids = _Ids()
     for text in inputs:
         for name, line, recording in _read_input(text):

@@ -256,7 +256,7 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "wer": self.total.rate,
+            "wer": self.total.rate if self.by_recording else None,
             "by_language": {language: score.rate for language, score in sorted(self.by_language.items())},
             "words": self.total.n_reference,
             "scored": len(self.by_recording),
@@ -294,8 +294,9 @@ def show_evaluation(found: Evaluation, console: Console, limit: int = 50) -> Non
         add(recording_id, score)
     for language, score in sorted(found.by_language.items()):
         add(f"all of language {language}", score, style="bold")
-    add("all", found.total, style="bold")
-    console.print(table)
+    if found.by_recording:
+        add("all", found.total, style="bold")
+        console.print(table)
     console.print(f"{found.failed} failed and {found.without_reference} without a reference are not in these figures")
 
 

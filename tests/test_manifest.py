@@ -514,6 +514,7 @@ def test_inputs_that_are_not_there(given: str, words: str, here: Path) -> None:
 
 def test_no_input_at_all() -> None:
     assert refusal() == "no input was given"
+    assert refusal("a.wav", " ").startswith("an input is an empty text")
 
 
 def test_a_file_name_that_is_not_utf_8(here: Path) -> None:
