@@ -30,12 +30,14 @@ def test_text_language_and_times(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize(
-    ("minutes", "chunk_length_s", "pauses"),
-    [(2.0, 10, True), (0.7, 1, True), (1.0, 10, False)],
-    ids=["long", "windows-of-1-s", "no-pause"],
+    ("minutes", "chunk_length_s", "pause_s"),
+    [(2.0, 10, None), (0.7, 1, None), (1.0, 10, (0.05, 0.09))],
+    ids=["long", "windows-of-1-s", "no-pause-to-cut-in"],
 )
-def test_nothing_is_lost_or_doubled(engine: Engine, minutes: float, chunk_length_s: int, pauses: bool) -> None:
-    clip = make_long("en", seed=4, minutes=minutes, pauses=pauses)
+def test_nothing_is_lost_or_doubled(
+    engine: Engine, minutes: float, chunk_length_s: int, pause_s: tuple[float, float] | None
+) -> None:
+    clip = make_long("en", seed=4, minutes=minutes, pause_s=pause_s)
     transcript = transcribe_pcm(clip.pcm, "x", engine, demo_config(chunk_length_s=chunk_length_s))
     assert coverage(clip, transcript).whole, coverage(clip, transcript)
     assert transcript.duration == len(clip.pcm)

@@ -30,8 +30,8 @@ FRAMES_PER_TOKEN = 2  # a timestamp token is 20 ms
 SECONDS_PER_TOKEN = FRAMES_PER_TOKEN / FRAMES_PER_SECOND
 MAX_INITIAL_TIMESTAMP = 50  # tokens: the first timestamp is at most 1.0 s
 TEXT_CONTEXT = 448  # decoder positions; half of them hold history, half are sampled
-MAX_CHARACTERS_PER_S = 40  # twice what a fast speaker says
-CUT_MARGIN_S = 0.2  # text that ends nearer to a cut in running speech may be cut itself
+MAX_CHARACTERS_PER_S = 25  # more than a fast speaker says
+CUT_MARGIN_S = 0.5  # text that ends nearer to a cut in running speech may be cut, or made up, itself
 RESET_TEMPERATURE = 0.5  # above it a window's text is not fed to the next
 
 

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,7 +25,11 @@ from typing import Any
 import jiwer
 
 from pipeline.config import Config, load_config
+from pipeline.demo import model_path
+from pipeline.demo.train.convert import to_openai
+from pipeline.demo.train.evaluate import transcribe as transcribe_openai
 from pipeline.demo.train.heldout import Clip, make_long, make_set
+from pipeline.demo.train.lexicon import LANGUAGES, Language
 from pipeline.engine import Engine, EngineConfig, load_engine
 from pipeline.scoring import Score, normalise, word_score
 from pipeline.stitch import stitch
@@ -130,22 +135,19 @@ class Coverage:
 
 def coverage(clip: Clip, transcript: Transcript) -> Coverage:
     """Every sentence met once and in order, times true to the end."""
-    sentence_of = [i for i, s in enumerate(clip.sentences) for _ in normalise(s.text).split()]
-    found = jiwer.process_words(normalise(clip.text), normalise(transcript.text) or "-")
-    lost = Counter(
-        sentence_of[i]
-        for chunk in found.alignments[0]
-        if chunk.type == "delete"
-        for i in range(chunk.ref_start_idx, chunk.ref_end_idx)
-    )
-    inserted = [c.hyp_end_idx - c.hyp_start_idx for c in found.alignments[0] if c.type == "insert"]
+    missing, doubled = lost_and_doubled(clip, transcript.text)
     worst = max((e for sentence in clip.sentences[-10:] for e in _bounds_of(sentence, transcript)), default=0.0)
-    return Coverage(
-        missing=sum(lost[i] >= n / 2 for i, n in Counter(sentence_of).items()),
-        doubled=sum(n >= 4 for n in inserted),
-        end_error_s=worst,
-        exact=transcript.duration == len(clip.pcm),
-    )
+    return Coverage(missing, doubled, worst, transcript.duration == len(clip.pcm))
+
+
+def lost_and_doubled(clip: Clip, text: str) -> tuple[int, int]:
+    """(sentences half of whose words have nothing in their place, runs of four or more words that nobody said)."""
+    sentence_of = [i for i, s in enumerate(clip.sentences) for _ in normalise(s.text).split()]
+    found = jiwer.process_words(normalise(clip.text), normalise(text) or "-").alignments[0]
+    lost = Counter(sentence_of[i] for c in found if c.type == "delete" for i in range(c.ref_start_idx, c.ref_end_idx))
+    inserted = [c.hyp_end_idx - c.hyp_start_idx for c in found if c.type == "insert"]
+    missing = sum(lost[i] >= n / 2 for i, n in Counter(sentence_of).items())
+    return missing, sum(n >= 4 for n in inserted)
 
 
 def _bounds_of(sentence: Any, transcript: Transcript) -> tuple[float, float]:
@@ -177,23 +179,42 @@ def measure_long(clip: Clip, name: str, engine: Engine, config: Config) -> Figur
     }
 
 
+def measure_dense(language: Language, seed: int, engine: Engine, config: Config, minutes: float) -> Figures:
+    """Sentences without a pause that could be cut in, at two distances; beside ours what openai-whisper makes of the
+    same samples and weights, in windows of 30 s without history."""
+    figures: Figures = {}
+    for gap_s in ((0.05, 0.09), (0.0, 0.05)):
+        clip = make_long(language, seed, minutes=minutes, pause_s=gap_s)
+        ours = measure_long(clip, "dense", engine, config)
+        theirs = transcribe_openai(reference_model(), clip.pcm)
+        lost, doubled = lost_and_doubled(clip, theirs.text)
+        figures[f"gaps {gap_s[0]:.2f} to {gap_s[1]:.2f} s"] = ours | {
+            "reference_missing": lost,
+            "reference_doubled": doubled,
+            "reference_wer": round(word_score(clip.text, theirs.text, language).rate, 4),
+        }
+    return figures
+
+
 # -- beside the reference ----------------------------------------------------------------------------------------------
+
+
+@cache
+def reference_model() -> Any:
+    """openai-whisper's model with the demo's weights."""
+    return to_openai(model_path())
 
 
 def measure_reference(clips: dict[str, Clip], engine: Engine, config: Config) -> Figures:
     """`sequential` against openai-whisper's `transcribe()` on the same weights and samples, full fallback at T = 0."""
-    from pipeline.demo import model_path
-    from pipeline.demo.train.convert import to_openai
-    from pipeline.demo.train.evaluate import transcribe
-
-    model = to_openai(model_path())
+    model = reference_model()
     options = config.model_copy(update={"algorithm": "sequential", "chunk_length_s": 30}).decode_options()
     equal = fallbacks = 0
     scores: dict[str, Score] = {}
     different = []
     for name, clip in clips.items():
         ours = transcribe_pcm(clip.pcm, name, engine, config, options)
-        theirs = transcribe(model, clip.pcm)
+        theirs = transcribe_openai(model, clip.pcm)
         scores[clip.language] = scores.get(clip.language, Score()) + word_score(clip.text, theirs.text, clip.language)
         fallbacks += ours.n_fallbacks > 0
         if ours.text == theirs.text:
@@ -232,13 +253,12 @@ def main(arguments: Iterable[str] | None = None) -> None:
     clips = make_set(args.clips, args.seed)
     long = make_long("en", args.seed, minutes=args.minutes)
     short = make_long("en", args.seed, minutes=5.0)
-    dense = make_long("de", args.seed, minutes=5.0, pauses=False)
     figures = {
         "configuration": {"chunk_length_s": config.chunk_length_s, "dtype": "float32", "algorithm": config.algorithm},
         "short": measure_clips(clips, engine, config),
         "reference": measure_reference(clips, engine, config),
         "long": measure_long(long, "long", engine, config),
-        "no_pause": measure_long(dense, "no-pause", engine, config),
+        "no_pause": {language: measure_dense(language, args.seed, engine, config, 5.0) for language in LANGUAGES},
         "chunk_1s": measure_long(short, "chunk-1", engine, demo_config(chunk_length_s=1)),
         "chunk_30s": measure_long(long, "long-30", engine, demo_config(chunk_length_s=30)),
         "machine": machine(),

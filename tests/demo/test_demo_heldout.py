@@ -66,7 +66,7 @@ def test_long_recordings() -> None:
 
 
 def test_long_recordings_without_pauses() -> None:
-    clip = make_long("en", seed=1, n_sentences=8, pauses=False)
+    clip = make_long("en", seed=1, n_sentences=8, pause_s=(0.0, 0.05))
     assert all(-1e-6 <= gap <= 0.0501 for gap in gaps(clip))
 
 

@@ -1,17 +1,19 @@
 """The whole way from sentences to a model that three runtimes load, with a net far too small to hear anything."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from whisper.decoding import DecodingOptions, DecodingResult, decode
 
-from pipeline.demo.train.checkpoint import load_checkpoint
+from pipeline.demo.train.checkpoint import from_folder, load_checkpoint
 from pipeline.demo.train.convert import to_openai
 from pipeline.demo.train.export import export
 from pipeline.demo.train.net import Net, NetConfig
 from pipeline.demo.train.synth import write_corpus
-from pipeline.demo.train.train import Settings, grown, train
+from pipeline.demo.train.train import Settings, grown, train, train_heads
 from pipeline.demo.train.vocabulary import START, demo_vocabulary
 
 # openai-whisper leaves its file of token ranks to the garbage collector.
@@ -107,6 +109,52 @@ def test_new_layers_change_nothing_at_first(checkpoint: Path) -> None:
         torch.testing.assert_close(
             large.decode(tokens, slots, memory).logits, small.decode(tokens, slots, memory).logits
         )
+
+
+def test_an_exported_folder_comes_back(checkpoint: Path, exported: Path) -> None:
+    """The same logits, all bits of them, as the checkpoint's once its weights are fp16."""
+    net, vocabulary = load_checkpoint(checkpoint)
+    again, its_vocabulary = from_folder(exported)
+    assert again.config == net.config
+    assert its_vocabulary.text_ids == vocabulary.text_ids
+    net.half().float()
+    mels = torch.randn(1, 80, 400, generator=torch.Generator().manual_seed(0))
+    tokens, slots, first = torch.tensor([[1, 2, 3, 2_000]]), torch.arange(4)[None], torch.tensor([7])
+    with torch.inference_mode():
+        expected = net.decode(tokens, slots, net.encode(mels, first)).logits
+        found = again.decode(tokens, slots, again.encode(mels, first)).logits
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
+
+
+def test_a_folder_that_speaks_other_words_is_refused(exported: Path, tmp_path: Path) -> None:
+    _, vocabulary = from_folder(exported)
+    tensors = load_file(exported / "model.safetensors")
+    unused = (vocabulary.row_of == vocabulary.dummy_row).nonzero()[0]
+    tensors["model.decoder.embed_tokens.weight"][unused[-1]] += 1
+    shutil.copy(exported / "config.json", tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="unused tokens differ"):
+        from_folder(tmp_path)
+
+
+def test_a_folder_with_other_tensors_is_refused(exported: Path, tmp_path: Path) -> None:
+    tensors = load_file(exported / "model.safetensors")
+    del tensors["model.decoder.layer_norm.bias"]
+    shutil.copy(exported / "config.json", tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="layer_norm"):
+        from_folder(tmp_path)
+
+
+def test_heads_learn_alone_at_first(checkpoint: Path, exported: Path) -> None:
+    net, vocabulary = grown(exported, decoder_layers=3)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    trained = [name for name, parameter in net.named_parameters() if parameter.requires_grad]
+    settings = Settings(corpora=(checkpoint.parent / "corpus",), minutes=9, producers=0)
+    train_heads(net, vocabulary, settings, 1, report=lambda line: None)
+    changed = {name.split(".")[0] for name, tensor in net.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {"character_head", "heard_order_head", "written_order_head"}
+    assert [name for name, parameter in net.named_parameters() if parameter.requires_grad] == trained
 
 
 def test_a_run_needs_an_end() -> None:

@@ -77,7 +77,7 @@ SPECS = (
     Spec("de-four.webm", "de", 4, 2, Format("libopus", 48_000, "stereo", 64_000)),
     Spec("es-two.m4a", "es", 2, 4, Format("aac", 48_000, "stereo", 96_000, "fltp")),
     Spec("es-three.wav", "es", 3, 1, Format("pcm_s16le", 24_000, "stereo")),
-    Spec("es-five.ogg", "es", 5, 3, Format("libopus", 48_000, "mono", 48_000)),
+    Spec("es-five.ogg", "es", 5, 7, Format("libopus", 48_000, "mono", 48_000)),
 )
 _SILENT = "silence.wav"
 _DAMAGED = "damaged.m4a"

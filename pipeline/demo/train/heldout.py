@@ -28,7 +28,7 @@ from pipeline.demo.train.sentences import draw_split
 from pipeline.demo.train.synth import SAMPLE_RATE, Speech, Voice, Word, draw_voice, speak, to_int16
 
 _PEAK = 0.3  # of full scale, for the loudest sample of every sentence
-_NO_PAUSE_S = (0.0, 0.05)
+_NO_PAUSE_S = (0.05, 0.09)  # below the 0.1 s that a cut needs
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +105,13 @@ def make_long(
     *,
     minutes: float | None = None,
     n_sentences: int | None = None,
-    pauses: bool = True,
+    pause_s: tuple[float, float] | None = None,
     noise: float = 0.002,
 ) -> Clip:
     """A long recording, every sentence by another voice, until `minutes` or `n_sentences` are reached.
 
-    Pauses last 0.2 to 1.2 s and one in twenty 2 to 5 s; without `pauses` sentences follow within 0.05 s, so that
-    nothing but the words themselves tells where one ends.
+    Pauses are within `pause_s`; by default they last 0.2 to 1.2 s and one in twenty 2 to 5 s. Below 0.1 s there is
+    none to cut in; below 0.05 s nothing but the words themselves tells where a sentence ends.
     """
     if (minutes is None) == (n_sentences is None):
         raise ValueError("give either minutes or n_sentences")
@@ -119,13 +119,13 @@ def make_long(
     builder = _Builder(language, lead_s=0.2)
     while not builder.reached(minutes, n_sentences):
         builder.say(random, None)
-        builder.pause(_draw_pause(random, pauses))
+        builder.pause(_draw_pause(random, pause_s))
     return builder.finish(noise, seed)
 
 
-def _draw_pause(random: Random, pauses: bool) -> float:
-    if not pauses:
-        return random.uniform(*_NO_PAUSE_S)
+def _draw_pause(random: Random, pause_s: tuple[float, float] | None) -> float:
+    if pause_s is not None:
+        return random.uniform(*pause_s)
     return random.uniform(2.0, 5.0) if random.random() < 0.05 else random.uniform(0.2, 1.2)
 
 
@@ -271,7 +271,8 @@ def main() -> None:
     if options.long_minutes is None:
         clips, kind = make_set(options.clips, options.seed), "clean"
     else:
-        clip = make_long(options.language, options.seed, minutes=options.long_minutes, pauses=not options.no_pause)
+        pause_s = _NO_PAUSE_S if options.no_pause else None
+        clip = make_long(options.language, options.seed, minutes=options.long_minutes, pause_s=pause_s)
         clips, kind = {f"{options.language}-{options.seed}-long": clip}, "long"
     write_set(options.folder, clips, kind)
     print(f"{len(clips)} recordings, {sum(clip.duration_s for clip in clips.values()):.0f} s, in {options.folder}")

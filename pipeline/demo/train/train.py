@@ -5,6 +5,7 @@ one length at a time the network forgets the others. Knows nothing about exporti
 
     python -m pipeline.demo.train.train CHECKPOINT --corpus CORPUS --minutes 150
     python -m pipeline.demo.train.train CHECKPOINT --corpus CORPUS --init EARLIER --decoder-layers 4 --minutes 48
+    python -m pipeline.demo.train.train CHECKPOINT --corpus CORPUS --init FOLDER --minutes 42 --lr 4e-4 --warmup 50
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,7 +27,7 @@ from typing import Any
 
 import torch
 
-from pipeline.demo.train.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.demo.train.checkpoint import from_folder, load_checkpoint, save_checkpoint
 from pipeline.demo.train.data import N_CHARACTER_CLASSES, Batch, Corpus, WindowMaker, make_batch
 from pipeline.demo.train.loss import Losses, compute_losses, to_device
 from pipeline.demo.train.net import Net, NetConfig, silence_new_layers
@@ -37,6 +38,8 @@ BATCH_SIZES = {200: 32, 500: 12, 1_500: 4}
 # Shares of the three lengths until a fraction of the run: short ones teach words, long ones to find the sentence.
 SCHEDULE = ((0.35, (0.80, 0.15, 0.05)), (0.7, (0.45, 0.20, 0.35)), (1.0, (0.10, 0.10, 0.80)))
 _FINAL_MIX = ((1.0, (0.10, 0.10, 0.80)),)  # when going on from a checkpoint
+_FINE_TUNING_MIX = ((1.0, (0.15, 0.25, 0.60)),)  # when going on from an exported folder
+_HEADS_MIX = ((1.0, (0.50, 0.30, 0.20)),)  # when only the training heads learn
 
 _LOG_EVERY = 50  # steps
 _SAVE_EVERY_S = 300.0
@@ -112,6 +115,32 @@ def train(
             batch = next_batch(progress)
     net.to("cpu").eval()
     return state
+
+
+def train_heads(
+    net: Net, vocabulary: Vocabulary, settings: Settings, n_steps: int, *, report: Report = _say
+) -> dict[str, float]:
+    """Trains the training heads alone, on other windows than a run of `settings` draws; all else stays as it is.
+
+    Fresh heads would otherwise spoil, with their large gradients, the encoder that they sit on.
+    """
+    trunk = [p for part in (net.encoder, net.decoder) for p in part.parameters() if p.requires_grad]
+    own = replace(
+        settings,
+        minutes=None,
+        steps=n_steps,
+        learning_rate=3e-3,
+        warmup_steps=10,
+        seed=settings.seed + 1_000,
+        held_out=None,
+    )
+    for parameter in trunk:
+        parameter.requires_grad_(False)
+    try:
+        return train(net, vocabulary, own, schedule=_HEADS_MIX, report=report)
+    finally:
+        for parameter in trunk:
+            parameter.requires_grad_(True)
 
 
 def _step(
@@ -258,14 +287,18 @@ def _measure(net: Net, held_out: dict[int, list[Batch]], device: torch.device) -
 # --- command line -----------------------------------------------------------------------------------------------
 
 
-def grown(checkpoint: Path, decoder_layers: int) -> tuple[Net, Vocabulary]:
-    """The network of a checkpoint with more decoder layers, the new ones silent at first."""
-    small, vocabulary = load_checkpoint(checkpoint)
+def grown(init: Path, decoder_layers: int) -> tuple[Net, Vocabulary]:
+    """The network of a checkpoint or an exported folder with more decoder layers, the new ones silent at first."""
+    small, vocabulary = from_folder(init) if _is_exported(init) else load_checkpoint(init)
     sizes = {name: getattr(small.config, name) for name in NetConfig.__slots__}
     net = Net(NetConfig(**(sizes | {"decoder_layers": decoder_layers})))
     net.load_state_dict(small.state_dict(), strict=False)
     silence_new_layers(net, small.config.decoder_layers)
     return net, vocabulary
+
+
+def _is_exported(init: Path) -> bool:
+    return (init / "config.json").is_file()
 
 
 def _new(options: argparse.Namespace) -> tuple[Net, Vocabulary]:
@@ -294,7 +327,10 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=200, help="steps")
     parser.add_argument("--producers", type=int, default=1, help="processes that make windows")
     parser.add_argument("--batch-scale", type=int, default=1, help="times the windows of a step")
-    parser.add_argument("--init", type=Path, help="a checkpoint to go on from")
+    parser.add_argument("--init", type=Path, help="a checkpoint, or an exported folder, to go on from")
+    parser.add_argument(
+        "--heads-first", type=int, default=120, help="steps for the heads alone, which an exported folder does not have"
+    )
     parser.add_argument("--d-model", type=int, default=192, help="a multiple of 64, the width of a head")
     parser.add_argument("--encoder-layers", type=int, default=4)
     parser.add_argument("--decoder-layers", type=int, default=4)
@@ -321,7 +357,11 @@ def main() -> None:
         seed=options.seed,
         held_out=options.held_out,
     )
-    schedule = _FINAL_MIX if options.init else SCHEDULE
+    schedule: Schedule = SCHEDULE
+    if options.init:
+        schedule = _FINE_TUNING_MIX if _is_exported(options.init) else _FINAL_MIX
+    if options.init and _is_exported(options.init) and options.heads_first:
+        train_heads(net, vocabulary, settings, options.heads_first)
     train(net, vocabulary, settings, schedule=schedule, checkpoint=options.checkpoint)
 
 
