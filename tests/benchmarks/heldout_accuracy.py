@@ -28,7 +28,7 @@ from pipeline.config import Config, load_config
 from pipeline.demo import model_path
 from pipeline.demo.train.convert import to_openai
 from pipeline.demo.train.evaluate import transcribe as transcribe_openai
-from pipeline.demo.train.heldout import Clip, make_long, make_set
+from pipeline.demo.train.heldout import Clip, Sentence, make_long, make_set
 from pipeline.demo.train.lexicon import LANGUAGES, Language
 from pipeline.engine import Engine, EngineConfig, load_engine
 from pipeline.scoring import Score, normalise, word_score
@@ -123,7 +123,7 @@ def shared_words(clip: Clip, heard: Sequence[str]) -> list[tuple[int, int]]:
 class Coverage:
     """What became of the sentences of one recording."""
 
-    missing: int  # sentences of which half the words or more have nothing in their place; a wrong word is no loss
+    missing: int  # sentences that nothing was written for; a wrong word is no loss
     doubled: int  # runs of four or more words that nobody said there
     end_error_s: float  # the worst boundary of the last ten sentences
     exact: bool  # decoded + skipped is the duration to the sample
@@ -135,22 +135,37 @@ class Coverage:
 
 def coverage(clip: Clip, transcript: Transcript) -> Coverage:
     """Every sentence met once and in order, times true to the end."""
-    missing, doubled = lost_and_doubled(clip, transcript.text)
+    segments = [(s.start, s.end) for s in transcript.segments]
+    missing, doubled = lost_and_doubled(clip, transcript.text, segments)
     worst = max((e for sentence in clip.sentences[-10:] for e in _bounds_of(sentence, transcript)), default=0.0)
     return Coverage(missing, doubled, worst, transcript.duration == len(clip.pcm))
 
 
-def lost_and_doubled(clip: Clip, text: str) -> tuple[int, int]:
-    """(sentences half of whose words have nothing in their place, runs of four or more words that nobody said)."""
+def lost_and_doubled(clip: Clip, text: str, segments: Sequence[tuple[float, float]]) -> tuple[int, int]:
+    """(sentences that are missing, runs of four or more words that nobody said).
+
+    Missing: half of its words or more have nothing in their place, and no segment is its own. One that was misheard
+    has a segment of its own, three fifths of which they share; an overlong one that swallowed a neighbour has not.
+    """
     sentence_of = [i for i, s in enumerate(clip.sentences) for _ in normalise(s.text).split()]
     found = jiwer.process_words(normalise(clip.text), normalise(text) or "-").alignments[0]
-    lost = Counter(sentence_of[i] for c in found if c.type == "delete" for i in range(c.ref_start_idx, c.ref_end_idx))
+    deleted = Counter(
+        sentence_of[i] for c in found if c.type == "delete" for i in range(c.ref_start_idx, c.ref_end_idx)
+    )
+    lost = [i for i, n in Counter(sentence_of).items() if deleted[i] >= n / 2]
+    missing = sum(max((_shared(clip.sentences[i], s) for s in segments), default=0.0) < 0.6 for i in lost)
     inserted = [c.hyp_end_idx - c.hyp_start_idx for c in found if c.type == "insert"]
-    missing = sum(lost[i] >= n / 2 for i, n in Counter(sentence_of).items())
     return missing, sum(n >= 4 for n in inserted)
 
 
-def _bounds_of(sentence: Any, transcript: Transcript) -> tuple[float, float]:
+def _shared(sentence: Sentence, segment: tuple[float, float]) -> float:
+    """The time that both have over the time that either has."""
+    start, end = segment
+    both = min(sentence.end, end) - max(sentence.start, start)
+    return max(0.0, both) / (max(sentence.end, end) - min(sentence.start, start))
+
+
+def _bounds_of(sentence: Sentence, transcript: Transcript) -> tuple[float, float]:
     return (
         min(abs(s.start - sentence.start) for s in transcript.segments),
         min(abs(s.end - sentence.end) for s in transcript.segments),
@@ -187,7 +202,7 @@ def measure_dense(language: Language, seed: int, engine: Engine, config: Config,
         clip = make_long(language, seed, minutes=minutes, pause_s=gap_s)
         ours = measure_long(clip, "dense", engine, config)
         theirs = transcribe_openai(reference_model(), clip.pcm)
-        lost, doubled = lost_and_doubled(clip, theirs.text)
+        lost, doubled = lost_and_doubled(clip, theirs.text, theirs.segments)
         figures[f"gaps {gap_s[0]:.2f} to {gap_s[1]:.2f} s"] = ours | {
             "reference_missing": lost,
             "reference_doubled": doubled,
