@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.benchmarks import tables
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -64,3 +67,8 @@ def test_top_level_is_the_design_s() -> None:
     listed = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT, check=False).stdout
     found = {line.split("/", 1)[0] for line in listed.splitlines()}
     assert found <= allowed
+
+
+def test_figures_are_those_of_the_results() -> None:
+    figures = json.loads((tables.RESULTS / "heldout_accuracy.json").read_text(encoding="utf-8"))
+    assert tables.accuracy(figures) in README
