@@ -134,6 +134,18 @@ class Config(_Frozen):
             raise ValueError(f"language: {self.language!r} is not a lower-case code such as 'en', nor 'window'")
         return self
 
+    def refuse_unsupported(self) -> None:
+        """Raises `ConfigError` for a setting that has its place here and no effect yet: never ignored."""
+        asked = {
+            "engine: serve": self.engine == "serve",
+            "channels: split": self.channels == "split",
+            "decode_timeout_s": self.decode_timeout_s is not None,
+            "decode_memory_mb": self.decode_memory_mb != type(self).model_fields["decode_memory_mb"].default,
+        }
+        for setting, is_set in asked.items():
+            if is_set:
+                raise ConfigError(f"{setting} does not exist yet; leave it out")
+
     def decode_options(self) -> DecodeOptions:
         """The options every recording has unless its manifest line says otherwise."""
         return DecodeOptions(

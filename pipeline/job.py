@@ -29,7 +29,7 @@ from rich.console import Console
 from pipeline import todo
 from pipeline.config import Config, RayConfig, fingerprint_keys
 from pipeline.engine import EngineConfig, engine_config
-from pipeline.engine.checkpoint import model_fingerprint, read_json, resolve_model
+from pipeline.engine.checkpoint import model_fingerprint, read_json, resolve_model, revision_of
 from pipeline.engine.fake import Faults
 from pipeline.engine.tokens import Tokenizer, check_options
 from pipeline.errors import ConfigError, MurmurError, OutputError
@@ -164,14 +164,13 @@ def _keys(config: Config, dtype: str, weights: str, revision: str | None) -> dic
 
 def identify(config: Config) -> tuple[str, str | None]:
     """(hash of the weights, the model's revision): its files found, fetched if need be, and looked over."""
-    engine_config(config)
+    config.refuse_unsupported()
     if config.engine == "fake":
         return "fake", config.revision
     folder = resolve_model(config.model, config.revision)
     # What the engine refuses for every recording is refused once, here, without torch.
     check_options(config.decode_options(), Tokenizer.load(folder, read_json(folder, "config.json")["vocab_size"]))
-    # The hub's cache names a snapshot's folder by its commit.
-    return model_fingerprint(folder), folder.name if folder.parent.name == "snapshots" else config.revision
+    return model_fingerprint(folder), revision_of(folder, config.revision)
 
 
 def resolve_dtype(uri: str, config: Config, cluster: Cluster) -> str:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Protocol, Self
 
 from pipeline.config import Config, Fault
-from pipeline.errors import ConfigError
 from pipeline.types import DecodeOptions, Hypothesis, Pcm, Recording, Unit, UnitResult
 
 
@@ -89,9 +88,8 @@ def load_engine(config: EngineConfig) -> Engine:
 
 
 def engine_config(config: Config, threads: int | None = None) -> EngineConfig:
-    """The engine's part of the run's settings. Raises `ConfigError` for an engine that is not one of this process."""
-    if config.engine == "serve":
-        raise ConfigError("engine: serve does not exist yet; leave it out, or use engine: fake for a trial")
+    """The engine's part of the run's settings. Raises `ConfigError` for settings that nothing honours yet."""
+    config.refuse_unsupported()
     return EngineConfig(
         model=config.model,
         revision=config.revision,

@@ -65,6 +65,11 @@ def weight_files(folder: Path) -> list[Path]:
     return [path] if path.is_file() else []
 
 
+def revision_of(folder: Path, asked: str | None) -> str | None:
+    """The revision of a resolved model: the hub's cache names a snapshot's folder by its commit."""
+    return folder.name if folder.parent.name == "snapshots" else asked
+
+
 def model_fingerprint(folder: Path) -> str:
     """A name of what the weights are: 16 hex digits over the configuration, each file's size, header and samples.
 

@@ -74,6 +74,10 @@ class Window:
     def start_s(self) -> float:
         return self.seek * HOP / SAMPLE_RATE
 
+    @property
+    def end_s(self) -> float:
+        return self.start_s + self.n_frames / FRAMES_PER_SECOND
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Decode:
@@ -297,8 +301,13 @@ def compression_ratio(text: str) -> float:
     return len(data) / len(zlib.compress(data))
 
 
+def _repetition(decoded: Decoded, tokenizer: Tokenizer) -> float:
+    """The compression ratio of a window's text, as the reference takes it: all of it, stripped."""
+    return compression_ratio(tokenizer.decode(decoded.tokens).strip())
+
+
 def _needs_fallback(decoded: Decoded, options: DecodeOptions, tokenizer: Tokenizer) -> bool:
-    if not decoded.sum_logprob == decoded.sum_logprob:
+    if math.isnan(decoded.sum_logprob):
         raise NonFiniteError("the model gave values that are no numbers")
     too_unlikely = options.logprob_threshold is not None and avg_logprob(decoded) < options.logprob_threshold
     if (
@@ -307,7 +316,7 @@ def _needs_fallback(decoded: Decoded, options: DecodeOptions, tokenizer: Tokeniz
         and decoded.no_speech_prob > options.no_speech_threshold
     ):
         return False  # silence: no temperature makes text of it
-    ratio = compression_ratio(tokenizer.decode(decoded.tokens).strip())
+    ratio = _repetition(decoded, tokenizer)
     too_repetitive = options.compression_ratio_threshold is not None and ratio > options.compression_ratio_threshold
     return too_unlikely or too_repetitive
 
@@ -353,7 +362,7 @@ def _keep_finished(drafts: list[Draft], window: Window) -> int:
     the first syllables alone, a model may make up the sentence. An unfinished one that begins later than the window
     is begun again there; 0 says that there was nothing else.
     """
-    limit = window.start_s + window.n_frames / FRAMES_PER_SECOND - CUT_MARGIN_S
+    limit = window.end_s - CUT_MARGIN_S
     finished = next((i for i, d in enumerate(drafts) if d.end > limit or _is_invented(d)), len(drafts))
     end = drafts[finished].start if finished < len(drafts) else drafts[-1].end
     del drafts[finished:]
@@ -386,7 +395,7 @@ def _segments(
     drafts: Sequence[Draft], decoded: Decoded, temperature: float, tokenizer: Tokenizer, state: _State
 ) -> list[Segment]:
     """The drafts with what is known of their window; the reference gives all segments of a window the same figures."""
-    ratio = compression_ratio(tokenizer.decode(decoded.tokens).strip())
+    ratio = _repetition(decoded, tokenizer)
     return [
         Segment(
             start=draft.start,
@@ -474,7 +483,7 @@ class _HallucinationCheck:
                 continue
             if _is_anomalous(draft):
                 following = _first_with_words(drafts[i + 1 :])
-                next_start = following.words[0].start if following else window.start_s + window.n_frames / 100
+                next_start = following.words[0].start if following else window.end_s
                 before = (
                     draft.start - good_end > self.threshold
                     or draft.start < self.threshold

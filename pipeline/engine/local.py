@@ -17,13 +17,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any, Self
 
 import torch
 
 from pipeline.engine import EngineConfig, EngineInfo, options_for
-from pipeline.engine.checkpoint import resolve_model
+from pipeline.engine.checkpoint import resolve_model, revision_of
 from pipeline.engine.decoding import Span, Window, walk
 from pipeline.engine.features import HOP, N_SAMPLES, LogMel
 from pipeline.engine.model import WhisperModel
@@ -66,7 +65,7 @@ class LocalEngine:
         tokenizer = Tokenizer.load(folder, model.dims.n_vocab)
         info = EngineInfo(
             model=config.model,
-            revision=_revision(folder, config),
+            revision=revision_of(folder, config.revision),
             device=str(device),
             dtype=dtype,
             lanes=config.lanes or _lanes_that_fit(model),
@@ -273,11 +272,6 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"device {name!r}: torch finds no CUDA device here")
     return device
-
-
-def _revision(folder: Path, config: EngineConfig) -> str | None:
-    """A hub snapshot's folder is named by its commit."""
-    return folder.name if folder.parent.name == "snapshots" else config.revision
 
 
 def _lanes_that_fit(model: WhisperModel) -> int:

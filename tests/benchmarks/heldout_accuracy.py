@@ -97,10 +97,8 @@ def measure_clips(clips: dict[str, Clip], engine: Engine, config: Config) -> Fig
 
 def boundary_errors(clip: Clip, transcript: Transcript) -> Iterator[float]:
     """Each sentence's start and end against the nearest segment start and end."""
-    segments = [s for s in transcript.segments if s.text.strip()]
-    for sentence in clip.sentences if segments else ():
-        yield min(abs(s.start - sentence.start) for s in segments)
-        yield min(abs(s.end - sentence.end) for s in segments)
+    for sentence in clip.sentences if transcript.segments else ():
+        yield from _bounds_of(sentence, transcript)
 
 
 def word_start_errors(clip: Clip, transcript: Transcript) -> list[float]:

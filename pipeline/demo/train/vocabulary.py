@@ -26,7 +26,6 @@ END, START = 50_257, 50_258
 TRANSLATE, TRANSCRIBE = 50_358, 50_359
 PREVIOUS, NO_SPEECH, NO_TIMESTAMPS = 50_361, 50_362, 50_363
 FIRST_TIMESTAMP = 50_364
-N_TIMESTAMPS = N_VOCAB - FIRST_TIMESTAMP  # 1,501: 0.00 to 30.00 s, 20 ms apart
 LANGUAGE_TOKENS: dict[Language, int] = {"en": 50_259, "de": 50_261, "es": 50_262}
 
 _DRAWS = 40_000  # enough that no new token turns up in twice as many
@@ -50,10 +49,6 @@ class Vocabulary:
     @property
     def n_unused(self) -> int:
         return N_VOCAB - len(self.ids)
-
-    @property
-    def first_timestamp_row(self) -> int:
-        return int(self.row_of[FIRST_TIMESTAMP])
 
     @property
     def text_ids(self) -> list[int]:
