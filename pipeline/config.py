@@ -103,10 +103,17 @@ class Config(_Frozen):
     carry_initial_prompt: bool = False
     temperature: Annotated[float, Field(ge=0, le=1)] = 0.0
     temperature_fallback: bool = True
-    best_of: Annotated[int, Field(ge=1, le=16)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=16)] | None = Field(None, description="candidates above temperature 0")
+    beam_size: Annotated[int, Field(ge=1, le=16)] | None = Field(None, description="beam search at temperature 0")
+    patience: Annotated[float, Field(gt=0, le=4)] | None = Field(None, description="with beam_size")
+    length_penalty: Annotated[float, Field(ge=0, le=1)] | None = None
+    hotwords: str | None = Field(None, description="names and terms that stand before every window's prompt")
     compression_ratio_threshold: float | None = 2.4
     logprob_threshold: float | None = -1.0
     no_speech_threshold: float | None = 0.6
+    hallucination_silence_threshold: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="seconds; sequential with chunk_level word only"
+    )
     condition_on_previous_text: bool = Field(True, description="sequential only")
     suppress_tokens: tuple[int, ...] = (-1,)
     max_tokens: Annotated[int, Field(ge=1, le=224)] | None = None
@@ -158,6 +165,11 @@ class Config(_Frozen):
             temperature=self.temperature,
             temperature_fallback=self.temperature_fallback,
             best_of=self.best_of,
+            beam_size=self.beam_size,
+            patience=self.patience,
+            length_penalty=self.length_penalty,
+            hotwords=self.hotwords,
+            hallucination_silence_threshold=self.hallucination_silence_threshold,
             compression_ratio_threshold=self.compression_ratio_threshold,
             logprob_threshold=self.logprob_threshold,
             no_speech_threshold=self.no_speech_threshold,

@@ -37,7 +37,7 @@ class EngineInfo:
     revision: str | None
     device: str
     dtype: str
-    lanes: int
+    lanes: int  # at the start; out of memory halves them
     languages: tuple[str, ...]  # codes the model can be asked for; empty: English only
 
 
@@ -64,6 +64,11 @@ class Engine(Protocol):
 
         Raises `EngineError`, or `ConfigError` for options it cannot honour.
         """
+        ...
+
+    @property
+    def n_windows(self) -> int:
+        """Encoder windows in flight, waiting ones too: what an endpoint counts before it admits a request."""
         ...
 
     def close(self) -> None:

@@ -32,6 +32,7 @@ MAX_INITIAL_TIMESTAMP = 50  # tokens: the first timestamp is at most 1.0 s
 TEXT_CONTEXT = 448  # decoder positions; half of them hold history, half are sampled
 MAX_CHARACTERS_PER_S = 25  # more than a fast speaker says
 CUT_MARGIN_S = 0.5  # text that ends nearer to a cut in running speech may be cut, or made up, itself
+PROMPT_CONTEXT = TEXT_CONTEXT // 2 - 1  # tokens of history that fit: 223
 RESET_TEMPERATURE = 0.5  # above it a window's text is not fed to the next
 
 
@@ -90,6 +91,13 @@ class Decode:
     seeds: tuple[int, ...]
     suppress: tuple[int, ...]
     max_tokens: int
+    beam_size: int | None = None  # a beam search instead of sampling
+    patience: float | None = None
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that may be sampled: also no more than leave the context by one, as in the reference."""
+        return min(self.max_tokens, TEXT_CONTEXT + 1 - len(self.prompt))
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,11 +216,13 @@ class History:
     """The tokens of earlier windows, and which of them the next window is prompted with.
 
     As in the reference the initial prompt is the oldest history and scrolls out. `windows` carries no history, so
-    there it stands before the recording's first window only, or before all with `carry_initial_prompt`.
+    there it stands before the recording's first window only, or before all with `carry_initial_prompt`. Hotwords,
+    which the reference does not have, stand before every window's prompt and take their room from the history.
     """
 
     def __init__(self, tokenizer: Tokenizer, options: DecodeOptions, first: bool) -> None:
-        self._context = TEXT_CONTEXT // 2 - 1  # tokens of history that fit: 223
+        self._hotwords = tokenizer.hotwords(options.hotwords)
+        self._context = PROMPT_CONTEXT - len(self._hotwords)
         self._carry = options.carry_initial_prompt
         self._keep = options.condition_on_previous_text and options.algorithm == "sequential"
         prompt = (options.initial_prompt or "").strip()
@@ -227,7 +237,7 @@ class History:
             tokens = self._initial + recent
         else:
             tokens = self._tokens[self._reset :]
-        return tokens[-self._context :]
+        return self._hotwords + tokens[-self._context :]
 
     def extend(self, drafts: Sequence[Draft], temperature: float) -> None:
         """A window's accepted tokens, timestamps too; not used further after a high temperature."""
@@ -260,6 +270,7 @@ def _decode_with_fallback(
     suppress = tuple(tokenizer.suppressed(options.suppress_tokens))
     for attempt, temperature in enumerate(ladder):
         candidates = (options.best_of or 1) if temperature > 0 else 1
+        beam_size = options.beam_size if temperature == 0 else None
         answers: list[Decoded] = yield Decode(
             window=window,
             prompt=(*before, *sot),
@@ -268,6 +279,8 @@ def _decode_with_fallback(
             seeds=tuple(_seed(window, attempt, i) for i in range(candidates)),
             suppress=suppress,
             max_tokens=options.max_tokens or TEXT_CONTEXT // 2,
+            beam_size=beam_size,
+            patience=options.patience if beam_size else None,
         )
         decoded = max(answers, key=lambda a: _rank(a, options.length_penalty))
         state.tokens_input += len(before) + len(sot)
@@ -524,7 +537,8 @@ def _is_anomalous(draft: Draft | None) -> bool:
 class Sampler:
     """What each lane has sampled so far, and the rules for its next token, as tensors over all lanes.
 
-    `rows` below is a slice or an index tensor of lanes. Nothing here asks the host for a value.
+    `rows` below is a slice or an index tensor of lanes. Nothing here asks the host for a value, and no loop goes over
+    rows. A vocabulary is 50,000 wide, so the greedy path goes over the logits four times and masks only sums.
     """
 
     def __init__(self, tokenizer: Tokenizer, lanes: int, device: torch.device) -> None:
@@ -535,56 +549,132 @@ class Sampler:
             return torch.zeros(lanes, *shape, dtype=dtype, device=device)
 
         self.last = zeros(torch.int64)  # the token to feed next
+        self.tokens = zeros(torch.int64, TEXT_CONTEXT)  # what was sampled, `count` of them
+        self.count = zeros(torch.int64)
+        self.sum_logprob = zeros(torch.float32)
+        self.ended = zeros(torch.bool)  # the last token was the end, or the lane is full
         self._before_last = zeros(torch.int64)
         self._last_time = zeros(torch.int64)  # the last timestamp token; 0: none yet
-        self._count = zeros(torch.int64)  # tokens sampled
+        self._most = zeros(torch.int64)  # tokens that may be sampled
         self._suppress = zeros(torch.float32, tokenizer.n_vocab)  # added to the logits: 0 or -inf
         self._temperature = zeros(torch.float32)
         self._seed = zeros(torch.int64)
-        self.sum_logprob = zeros(torch.float32)
         self._no_timestamps = tokenizer.no_timestamps
+        self._progress = (
+            self.last, self.tokens, self.count, self.sum_logprob, self.ended, self._before_last, self._last_time,
+        )  # fmt: skip
+        self._settings = (self._most, self._suppress, self._temperature, self._seed)
 
     def admit(self, lane: int, request: Decode, seed: int) -> None:
-        for state in (self._before_last, self._last_time, self._count, self.sum_logprob):
+        for state in self._progress:
             state[lane] = 0
         self._suppress[lane] = 0.0
         self._suppress[lane, list(request.suppress)] = float("-inf")
         self._suppress[lane, self._no_timestamps] = float("-inf")
         self._temperature[lane] = request.temperature
         self._seed[lane] = seed
+        self._most[lane] = request.most_tokens
 
-    def move(self, source: int, target: int) -> None:
-        for state in (
-            self.last, self._before_last, self._last_time, self._count, self._suppress, self._temperature, self._seed,
-            self.sum_logprob,
-        ):  # fmt: skip
+    def copy(self, source: int, target: int) -> None:
+        """Lane `target` becomes what `source` is."""
+        for state in self._progress + self._settings:
             state[target] = state[source]
 
+    def restate(self, lanes: Tensor, tokens: Sequence[Sequence[int]]) -> None:
+        """Each of the lanes has sampled just these tokens, all equally many: a beam's hypotheses change places."""
+        sampled = torch.tensor(tokens, device=self.last.device)
+        n = sampled.shape[1]
+        self.tokens[lanes, :n] = sampled
+        self.count[lanes] = n
+        self.last[lanes] = sampled[:, -1]
+        self._before_last[lanes] = sampled[:, -2] if n > 1 else 0
+        self._last_time[lanes] = torch.where(sampled >= self._begin, sampled, 0).amax(-1)  # times never run backwards
+        self.ended[lanes] = self.count[lanes] >= self._most[lanes]
+
+    def found(self, lane: int) -> tuple[list[int], float]:
+        """What a lane has sampled, without the end token, and the sum of its log-probabilities, end token included."""
+        tokens: list[int] = self.tokens[lane, : int(self.count[lane])].tolist()
+        return tokens[:-1] if tokens[-1] == self._eot else tokens, float(self.sum_logprob[lane])
+
     @torch.inference_mode()
-    def sample(self, logits: Tensor, rows: slice | Tensor, hot: bool) -> Tensor:
-        """float32 logits [n, vocab] of lanes `rows` → their next tokens [n]. `hot`: some have a temperature above 0.
+    def sample(self, logits: Tensor, rows: slice | Tensor, hot: Tensor | None = None) -> None:
+        """Takes lanes `rows` one token further, given their float32 logits [n, vocab], which are used up.
 
-        The log-probability that is summed is of the filtered logits without the temperature.
+        `hot` are the indices into `rows` of those with a temperature above 0. The log-probability that is summed is
+        of the filtered logits without the temperature.
         """
-        logits = logits + self._suppress[rows]
-        text, times = logits[:, : self._begin], logits[:, self._begin :]
-        self._ban(text, times, rows)
-        text_sum, time_sum = text.logsumexp(-1), times.logsumexp(-1)
-        time_only = time_sum > text.max(-1).values  # together the times outweigh every single text token
-        text.masked_fill_(time_only[:, None], float("-inf"))
-        total = torch.where(time_only, time_sum, torch.logaddexp(text_sum, time_sum))
-        chosen = logits.argmax(-1)
-        if hot:
-            temperature = self._temperature[rows]
-            noisy = logits / temperature.clamp(min=1e-6)[:, None] + self._gumbel(rows, logits.shape[1])
-            chosen = torch.where(temperature > 0, noisy.argmax(-1), chosen)
-        self._record(chosen, rows)
-        self.sum_logprob[rows] += logits.gather(1, chosen[:, None])[:, 0] - total
-        return chosen
+        logits += self._suppress[rows]
+        noisy = None if hot is None else self._masked(logits[hot], self._lanes(rows)[hot])
+        chosen, value, total = self._greedy(logits, rows)
+        if hot is not None and noisy is not None:
+            lanes = self._lanes(rows)[hot]
+            drawn = (noisy / self._temperature[lanes][:, None] + self._gumbel(lanes, noisy.shape[1])).argmax(-1)
+            chosen[hot], value[hot] = drawn, noisy.gather(1, drawn[:, None])[:, 0]
+        self.sum_logprob[rows] += value - total
+        self.record(chosen, rows)
 
-    def _ban(self, text: Tensor, times: Tensor, rows: slice | Tensor) -> None:
-        """The rules that make timestamps come in pairs, never run backwards and open every window."""
-        count, last, last_time = self._count[rows], self.last[rows], self._last_time[rows]
+    @torch.inference_mode()
+    def log_probabilities(self, logits: Tensor, rows: slice | Tensor) -> Tensor:
+        """Filtered log-probabilities [n, vocab] of lanes `rows`; nothing is taken further."""
+        return self._masked(logits + self._suppress[rows], rows).log_softmax(-1)
+
+    def record(self, chosen: Tensor, rows: slice | Tensor) -> None:
+        """Tokens [n] are the next ones of lanes `rows`."""
+        count, lanes = self.count[rows], self._lanes(rows)
+        self.tokens[lanes, count] = chosen
+        self._before_last[rows] = self.last[rows]
+        self.last[rows] = chosen
+        self._last_time[rows] = torch.where(chosen >= self._begin, chosen, self._last_time[rows])
+        self.count[rows] = count + 1
+        self.ended[rows] = (chosen == self._eot) | (count + 1 >= self._most[rows])
+
+    def _lanes(self, rows: slice | Tensor) -> Tensor:
+        return rows if isinstance(rows, Tensor) else torch.arange(rows.start, rows.stop, device=self.last.device)
+
+    def _greedy(self, logits: Tensor, rows: slice | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The best token that the rules allow, its logit, and the log of the sum over all that are allowed.
+
+        Text, the special tokens behind it and times are summed apart: the rules ban each as a whole, times one by
+        one. The logits are overwritten.
+        """
+        first, closing, banned_times = self._bans(rows)
+        nothing = logits.new_tensor(float("-inf"))
+        special, special_token = logits[:, self._eot : self._begin].max(-1)
+        special_sum = logits[:, self._eot : self._begin].logsumexp(-1)
+        times = logits[:, self._begin :].masked_fill(banned_times, float("-inf"))
+        time, time_token = times.max(-1)
+        time_sum = times.logsumexp(-1)
+        words = logits[:, : self._eot]
+        word, word_token = words.max(-1)
+        words -= word.clamp(min=torch.finfo(word.dtype).min)[:, None]
+        word_sum = words.exp_().sum(-1).log() + word
+        no_words, no_special = first | closing, first
+        word, word_sum = torch.where(no_words, nothing, word), torch.where(no_words, nothing, word_sum)
+        special, special_sum = torch.where(no_special, nothing, special), torch.where(no_special, nothing, special_sum)
+
+        text = torch.maximum(word, special)
+        text_token = torch.where(word >= special, word_token, special_token + self._eot)
+        time_only = time_sum > text  # together the times outweigh every single text token
+        total = torch.where(time_only, time_sum, torch.logaddexp(torch.logaddexp(word_sum, special_sum), time_sum))
+        is_time = time_only | (time > text)
+        return torch.where(is_time, time_token + self._begin, text_token), torch.where(is_time, time, text), total
+
+    def _masked(self, logits: Tensor, rows: slice | Tensor) -> Tensor:
+        """A copy of the logits, suppressed tokens out already, with everything else out that the rules ban."""
+        logits = logits.clone()
+        first, closing, banned_times = self._bans(rows)
+        words, text, times = logits[:, : self._eot], logits[:, : self._begin], logits[:, self._begin :]
+        times.masked_fill_(banned_times, float("-inf"))
+        words.masked_fill_(closing[:, None], float("-inf"))
+        text.masked_fill_(first[:, None], float("-inf"))
+        time_only = times.logsumexp(-1) > text.max(-1).values
+        text.masked_fill_(time_only[:, None], float("-inf"))
+        return logits
+
+    def _bans(self, rows: slice | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The rules that make timestamps come in pairs, never run backwards and open every window: rows where only a
+        time may come [n], rows where no word may come [n], and the times that may not [n, times]."""
+        count, last, last_time = self.count[rows], self.last[rows], self._last_time[rows]
         first = count == 0
         after_time = ~first & (last >= self._begin)
         in_pair = after_time & ((count < 2) | (self._before_last[rows] >= self._begin))  # text must follow
@@ -592,20 +682,12 @@ class Sampler:
         floor = torch.where(last_time == 0, 0, last_time + (~closing).long())
         too_early = self._times[None, :] < floor[:, None]
         too_late = first[:, None] & (self._times > self._begin + MAX_INITIAL_TIMESTAMP)[None, :]
-        times.masked_fill_(too_early | too_late | in_pair[:, None], float("-inf"))
-        text[:, : self._eot].masked_fill_(closing[:, None], float("-inf"))
-        text.masked_fill_(first[:, None], float("-inf"))
-
-    def _record(self, chosen: Tensor, rows: slice | Tensor) -> None:
-        self._before_last[rows] = self.last[rows]
-        self.last[rows] = chosen
-        self._last_time[rows] = torch.where(chosen >= self._begin, chosen, self._last_time[rows])
-        self._count[rows] += 1
+        return first, closing, too_early | too_late | in_pair[:, None]
 
     def _gumbel(self, rows: slice | Tensor, n: int) -> Tensor:
         """Gumbel noise [rows, n] that depends on the lane's seed, step and token alone: no generator's state, so a
         row draws the same alone and in any batch. A 64-bit mix of the three gives the uniform numbers."""
-        x = (self._seed[rows] + self._count[rows] * 0x9E3779B97F4A7C1)[:, None]
+        x = (self._seed[rows] + self.count[rows] * 0x9E3779B97F4A7C1)[:, None]
         x = x + torch.arange(n, device=x.device)[None, :] * 0x632BE59BD9B4E019
         for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
             x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor

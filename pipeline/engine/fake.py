@@ -111,6 +111,7 @@ class FakeEngine:
 
     def __init__(self, config: EngineConfig) -> None:
         self._faults = Faults(config.fake_faults or (), config.fake_state)
+        self._n_windows = 0
         self.info = EngineInfo(
             model=config.model,
             revision=config.revision,
@@ -135,11 +136,21 @@ class FakeEngine:
 
     async def submit(self, unit: Unit, options: DecodeOptions) -> UnitResult:
         fault = self._faults.strike(unit.recording.id, "engine")
-        if fault is not None and fault.kind == "hang":  # the event loop must go on serving the others
-            await asyncio.sleep(hang_s(fault))
-        elif fault is not None:
-            act(fault, "engine")
-        return self._result(unit, options, fault)
+        n_windows = _n_windows(unit.n_samples, options)
+        self._n_windows += n_windows
+        try:
+            if fault is not None and fault.kind == "hang":  # the event loop must go on serving the others
+                await asyncio.sleep(hang_s(fault))
+            elif fault is not None:
+                act(fault, "engine")
+            return self._result(unit, options, fault)
+        finally:
+            self._n_windows -= n_windows
+
+    @property
+    def n_windows(self) -> int:
+        """Those of the Units whose hang somebody awaits; the rest is answered at once."""
+        return self._n_windows
 
     def close(self) -> None:
         return None
@@ -161,9 +172,9 @@ def hear(pcm: Pcm, options: DecodeOptions, fault: Fault | None = None) -> Hypoth
     """The fake transcript of one span, int16 [n]: one segment over its audible part, none in silence."""
     language = options.language if options.language not in (None, "window") else "en"
     audible = np.flatnonzero(np.abs(pcm.astype(np.int32)) >= _AUDIBLE)
-    n_windows = max(1, -(-len(pcm) // samples(options.chunk_length_s)))
+    n_windows = _n_windows(len(pcm), options)
     kind = fault.kind if fault is not None else None
-    if len(audible) == 0 or kind == "empty":
+    if len(audible) == 0 or (fault is not None and _is_emptied(pcm, fault)):
         return Hypothesis((), language, 1.0, n_windows=n_windows)
     start, end = seconds(int(audible[0])), seconds(int(audible[-1]) + 1)
     words = _words(pcm, end - start)
@@ -171,6 +182,16 @@ def hear(pcm: Pcm, options: DecodeOptions, fault: Fault | None = None) -> Hypoth
         words = fault.text.split() if kind == "text" else (fault.text or "round and").split() * _LOOP
     segment = _segment(words, start, end, options.word_timestamps)
     return Hypothesis((segment,), language, 1.0, n_windows=n_windows, tokens_generated=len(words))
+
+
+def _is_emptied(pcm: Pcm, fault: Fault) -> bool:
+    """Whether a span loses its text: all do, or the share that the fault's text says, chosen by their samples."""
+    share = float(fault.text or 1.0) if fault.kind == "empty" else 0.0
+    return int.from_bytes(hashlib.sha256(pcm.tobytes()).digest()[-4:], "little") < share * 2**32
+
+
+def _n_windows(n_samples: int, options: DecodeOptions) -> int:
+    return max(1, -(-n_samples // samples(options.chunk_length_s)))
 
 
 def _words(pcm: Pcm, duration_s: float) -> list[str]:

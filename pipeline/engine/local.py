@@ -25,6 +25,7 @@ from pipeline.engine import EngineConfig, EngineInfo, options_for
 from pipeline.engine.checkpoint import resolve_model, revision_of
 from pipeline.engine.decoding import Span, Window, walk
 from pipeline.engine.features import HOP, N_SAMPLES, LogMel
+from pipeline.engine.layers import has_bfloat16
 from pipeline.engine.model import WhisperModel
 from pipeline.engine.scheduler import Scheduler, Task
 from pipeline.engine.tokens import Tokenizer, check_options
@@ -49,6 +50,7 @@ class LocalEngine:
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._closed = False
         self._door = threading.Lock()  # nothing is posted behind the end
+        self._threads = torch.get_num_threads()
         self._thread = threading.Thread(target=self._dispatch, name="engine", daemon=True)
         self._thread.start()
         atexit.register(self.close)  # a thread still inside torch when the interpreter ends aborts the process
@@ -60,15 +62,19 @@ class LocalEngine:
             torch.set_num_threads(config.threads)
         device, dtype = _device(config.device), config.dtype
         if dtype == "auto":
-            dtype = "float16" if device.type == "cuda" else "float32"
+            dtype = half_of(device.type) or "float32"
         model = WhisperModel(folder, device, _DTYPES[dtype])
         tokenizer = Tokenizer.load(folder, model.dims.n_vocab)
+        lanes = config.lanes or _lanes_that_fit(model)
+        log.info(
+            "engine: %s, %s on %s, %d lanes of %.0f MB", config.model, dtype, device, lanes, model.lane_bytes() / 1e6
+        )
         info = EngineInfo(
             model=config.model,
             revision=revision_of(folder, config.revision),
             device=str(device),
             dtype=dtype,
-            lanes=config.lanes or _lanes_that_fit(model),
+            lanes=lanes,
             languages=tuple(tokenizer.languages),
         )
         return cls(model, tokenizer, info)
@@ -80,7 +86,8 @@ class LocalEngine:
         too_long = next((i for i, pcm in enumerate(windows) if len(pcm) > N_SAMPLES), None)
         if too_long is not None:
             raise EngineError(f"window {too_long} has {len(windows[too_long])} samples; at most {N_SAMPLES} fit")
-        futures = [self._start_walk(Span(pcm), options) for pcm in windows]
+        whose = object()
+        futures = [self._start_walk(Span(pcm), options, whose) for pcm in windows]
         return [future.result() for future in futures]
 
     def run(self, units: Iterable[Unit], options: DecodeOptions) -> Iterator[UnitResult]:
@@ -92,7 +99,7 @@ class LocalEngine:
         try:
             while more or jobs:
                 # Twice the lanes' worth of spans keeps them filled while the caller handles a result.
-                while more and (not jobs or sum(job.n_spans for job in jobs) < 2 * self.info.lanes):
+                while more and (not jobs or sum(job.n_spans for job in jobs) < 2 * self._scheduler.n_lanes):
                     unit = next(todo, None)
                     if unit is None:
                         more = False
@@ -114,6 +121,10 @@ class LocalEngine:
 
     async def submit(self, unit: Unit, options: DecodeOptions) -> UnitResult:
         return await asyncio.wrap_future(self._submit(unit, options).future)
+
+    @property
+    def n_windows(self) -> int:
+        return self._scheduler.n_windows
 
     def close(self) -> None:
         with self._door:
@@ -138,9 +149,9 @@ class LocalEngine:
         self._post(job.start)
         return job
 
-    def _start_walk(self, span: Span, options: DecodeOptions) -> Future[Any]:
+    def _start_walk(self, span: Span, options: DecodeOptions, whose: object) -> Future[Any]:
         future: Future[Any] = Future()
-        task = Task(walk(span, options, self._tokenizer), lambda result: _settle(future, result))
+        task = Task(walk(span, options, self._tokenizer), lambda result: _settle(future, result), whose)
         self._post(lambda: self._scheduler.start(task))
         return future
 
@@ -154,6 +165,7 @@ class LocalEngine:
 
     def _dispatch(self) -> None:
         """Owns the device: takes in what came, then one step for all, until closed."""
+        torch.set_num_threads(self._threads)  # OpenMP keeps the number for each thread
         while True:
             while self._scheduler.idle or not self._inbox.empty():
                 work = self._inbox.get()
@@ -207,7 +219,7 @@ class _UnitJob:
             pcm = unit.pcm[range_.start : range_.stop]
             span = Span(pcm, unit.start + range_.start, global_maximum=self._options.algorithm == "sequential")
             steps = walk(span, self._options, self._engine._tokenizer, voice, first=unit.index == 0 and i == 0)
-            task = Task(steps, partial(self._take, i))
+            task = Task(steps, partial(self._take, i), owner=self)
             self._tasks.append(task)
             self._engine._scheduler.start(task)
 
@@ -260,6 +272,13 @@ def _settle(future: Future[Any], result: Any) -> None:
             error = EngineError(f"{type(result).__name__}: {result}")
             error.__cause__ = result
             future.set_exception(error)
+
+
+def half_of(device: str) -> str | None:
+    """The half precision that a kind of device computes fast in; None: it has none."""
+    if device == "cuda":
+        return "float16"
+    return "bfloat16" if device == "cpu" and has_bfloat16() else None
 
 
 def _device(name: str) -> torch.device:

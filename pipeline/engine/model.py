@@ -7,8 +7,9 @@ page knows tensors only: no tokens' meaning, no audio, no requests.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.engine.checkpoint import read_json, weight_files
+from pipeline.engine.layers import Block, Convolution, Cross, Linear, Norm, keys_lie_by_rows, merge_heads, split_heads
 from pipeline.errors import ModelError
+
+log = logging.getLogger(__name__)
+
+N_AUDIO_CTX, N_TEXT_CTX = 1500, 448  # positions of every Whisper's encoder and decoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +46,7 @@ class Dims:
     @classmethod
     def of(cls, config: dict[str, Any]) -> Dims:
         try:
-            return cls(
+            dims = cls(
                 n_mels=config["num_mel_bins"],
                 n_audio_ctx=config["max_source_positions"],
                 n_audio_layer=config["encoder_layers"],
@@ -55,43 +61,21 @@ class Dims:
             )
         except KeyError as error:
             raise ModelError(f"model config.json lacks {error}") from None
+        dims._check()
+        return dims
 
-
-@dataclass(frozen=True, slots=True)
-class Linear:
-    weight: Tensor  # [out, in]
-    bias: Tensor | None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-
-@dataclass(frozen=True, slots=True)
-class Norm:
-    weight: Tensor  # float32: the reference normalises in float32 whatever the activations are
-    bias: Tensor
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.float(), self.weight.shape, self.weight, self.bias).to(x.dtype)
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """One transformer layer; queries, keys and values of self-attention in one matrix."""
-
-    attn_norm: Norm
-    qkv: Linear  # [3 d, d]
-    attn_out: Linear
-    mlp_norm: Norm
-    up: Linear
-    down: Linear
-    cross_norm: Norm | None = None  # decoder only, these four
-    cross_q: Linear | None = None
-    cross_kv: Linear | None = None  # [2 d, d]
-    cross_out: Linear | None = None
-
-    def mlp(self, x: Tensor) -> Tensor:
-        return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
+    def _check(self) -> None:
+        """What the rest of the engine takes for granted."""
+        wrong = next((f.name for f in fields(self) if type(v := getattr(self, f.name)) is not int or v < 1), None)
+        if wrong is not None:
+            raise ModelError(f"model config.json: {wrong} is {getattr(self, wrong)!r}, no size")
+        if self.n_audio_ctx != N_AUDIO_CTX or self.n_text_ctx < N_TEXT_CTX:
+            raise ModelError(
+                f"model config.json: {self.n_audio_ctx} audio and {self.n_text_ctx} text positions; "
+                f"Whisper has {N_AUDIO_CTX} and {N_TEXT_CTX}"
+            )
+        if self.n_state % self.n_audio_head or self.n_state % self.n_text_head:
+            raise ModelError(f"model config.json: d_model {self.n_state} is no multiple of its attention heads")
 
 
 @dataclass(slots=True)
@@ -100,69 +84,65 @@ class Lanes:
 
     self_k: Tensor  # [layers, lanes, heads, n_text_ctx, head]
     self_v: Tensor
-    cross_k: Tensor  # [layers, lanes, heads, head, n_audio_ctx]: transposed, so that a query multiplies it as it lies
+    cross_k: Tensor  # [layers, lanes, heads, head, n_audio_ctx]; the memory of both lies as `layers.Cross` likes it
     cross_v: Tensor  # [layers, lanes, heads, n_audio_ctx, head]
 
     @property
     def count(self) -> int:
         return self.self_k.shape[1]
 
-    def move(self, source: int, target: int) -> None:
-        """Copies a lane's state over another's, to keep the live ones in front."""
-        for cache in (self.self_k, self.self_v, self.cross_k, self.cross_v):
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copies a lane's state, `length` tokens so far, over another's."""
+        for cache in (self.cross_k, self.cross_v):
             cache[:, target] = cache[:, source]
+        for cache in (self.self_k, self.self_v):
+            cache[:, target, :, :length] = cache[:, source, :, :length]
+
+    def reorder(self, targets: Tensor, sources: Tensor, length: int) -> None:
+        """The text so far, `length` tokens, of lanes `targets` becomes that of `sources`; the audio stays."""
+        for cache in (self.self_k, self.self_v):
+            cache[:, targets, :, :length] = cache[:, sources, :, :length]
 
 
 class WhisperModel:
-    """Weights on one device, and the five things the engine does with them."""
+    """Weights on one device, and the four things the engine does with them."""
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
         config = read_json(folder, "config.json")
         self.dims = Dims.of(config)
         self.device = device
         self.dtype = dtype
-        weights = _Weights(folder, device, dtype)
-        self._load(weights)
+        self._load(_Weights(folder, device, dtype))
         self.alignment_heads = _alignment_heads(read_json(folder, "generation_config.json"), self.dims)
 
     def _load(self, weights: _Weights) -> None:
         d, dims = self.dims.n_state, self.dims
-        self._conv1 = weights.linear("encoder.conv1", (d, dims.n_mels, 3))
-        self._conv2 = weights.linear("encoder.conv2", (d, d, 3))
+        self._conv1 = weights.convolution("encoder.conv1", (d, dims.n_mels, 3), stride=1)
+        self._conv2 = weights.convolution("encoder.conv2", (d, d, 3), stride=2)
         self._audio_positions = weights.get("encoder.embed_positions.weight", (dims.n_audio_ctx, d))
-        self._encoder = [
-            weights.block(f"encoder.layers.{i}", d, dims.n_audio_mlp, cross=False) for i in range(dims.n_audio_layer)
-        ]
+        self._encoder = [weights.block(f"encoder.layers.{i}", d, dims.n_audio_mlp) for i in range(dims.n_audio_layer)]
         self._encoder_norm = weights.norm("encoder.layer_norm", d)
         self._embedding = weights.get("decoder.embed_tokens.weight", (dims.n_vocab, d))
+        self._vocabulary = Linear(weights.output(self._embedding), None)
         self._text_positions = weights.get("decoder.embed_positions.weight", (dims.n_text_ctx, d))
         self._decoder = [
-            weights.block(f"decoder.layers.{i}", d, dims.n_text_mlp, cross=True) for i in range(dims.n_text_layer)
+            weights.block(f"decoder.layers.{i}", d, dims.n_text_mlp, cross_heads=dims.n_text_head)
+            for i in range(dims.n_text_layer)
         ]
         self._decoder_norm = weights.norm("decoder.layer_norm", d)
+        weights.check_all_used()
 
     # -- encoder ---------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def encode(self, mel: Tensor) -> Tensor:
         """Log-mel [b, n_mels, 3000] → hidden states [b, n_audio_ctx, d]."""
-        x = F.gelu(F.conv1d(mel.to(self.dtype), self._conv1.weight, self._conv1.bias, padding=1))
-        x = F.gelu(F.conv1d(x, self._conv2.weight, self._conv2.bias, stride=2, padding=1))
-        x = x.transpose(1, 2) + self._audio_positions
+        x = self._conv2(self._conv1(mel.to(self.dtype).transpose(1, 2))) + self._audio_positions
         for block in self._encoder:
-            q, k, v = self._split_heads(block.qkv(block.attn_norm(x)), 3, self.dims.n_audio_head)
-            y = F.scaled_dot_product_attention(q, k, v)
-            x = block.mlp(x + block.attn_out(_merge_heads(y)))
+            q, k, v = split_heads(block.qkv(block.attn_norm(x)), 3, self.dims.n_audio_head)
+            x = block.attn_out.added_to(x, merge_heads(F.scaled_dot_product_attention(q, k, v)))
+            x = block.mlp(x)
         return self._encoder_norm(x)
-
-    def cross_kv(self, hidden: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Hidden states [b, t, d] → each decoder layer's (keys [b, heads, head, t], values [b, heads, t, head])."""
-        pairs = []
-        for block in self._decoder:
-            assert block.cross_kv is not None
-            k, v = self._split_heads(block.cross_kv(hidden), 2, self.dims.n_text_head)
-            pairs.append((k.transpose(2, 3), v))
-        return pairs
 
     # -- decoder ---------------------------------------------------------------------------------------------
 
@@ -172,11 +152,12 @@ class WhisperModel:
         def empty(*shape: int) -> Tensor:
             return torch.zeros(dims.n_text_layer, lanes, heads, *shape, device=self.device, dtype=self.dtype)
 
+        by_rows = keys_lie_by_rows(self.dtype, self.device)
         return Lanes(
             self_k=empty(dims.n_text_ctx, head),
             self_v=empty(dims.n_text_ctx, head),
-            cross_k=empty(head, dims.n_audio_ctx),
-            cross_v=empty(dims.n_audio_ctx, head),
+            cross_k=empty(dims.n_audio_ctx, head).mT if by_rows else empty(head, dims.n_audio_ctx),
+            cross_v=empty(head, dims.n_audio_ctx).mT,
         )
 
     def lane_bytes(self) -> int:
@@ -185,25 +166,22 @@ class WhisperModel:
         return per_position * (self.dims.n_text_ctx + self.dims.n_audio_ctx)
 
     @torch.inference_mode()
-    def prefill(self, lanes: Lanes, rows: Tensor, hidden: Tensor, tokens: Tensor, wanted: Tensor) -> Tensor:
-        """Fills lanes `rows` [b] with their windows' `hidden` [b, t, d] and prompts `tokens` [b, p], padded right.
+    def prefill(self, lanes: Lanes, rows: Sequence[int], hidden: Tensor, tokens: Tensor, wanted: Tensor) -> Tensor:
+        """Fills lanes `rows` with b windows' `hidden` [b, t, d] and prompts `tokens` [b, p], padded right.
 
         Returns float32 logits [b, w, vocab] at the prompt positions `wanted` [b, w]. What the padding leaves in the
         caches lies after the prompt and is overwritten before it is ever read.
         """
         p = tokens.shape[1]
         x = F.embedding(tokens, self._embedding) + self._text_positions[:p]
-        for i, (block, (cross_k, cross_v)) in enumerate(zip(self._decoder, self.cross_kv(hidden), strict=True)):
-            lanes.cross_k[i, rows] = cross_k
-            lanes.cross_v[i, rows] = cross_v
-            q, k, v = self._split_heads(block.qkv(block.attn_norm(x)), 3, self.dims.n_text_head)
-            lanes.self_k[i, rows, :, :p] = k
-            lanes.self_v[i, rows, :, :p] = v
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + block.attn_out(_merge_heads(y))
-            x = block.mlp(x + self._cross_attend(block, x, cross_k, cross_v)[0])
-        x = x.gather(1, wanted[:, :, None].expand(-1, -1, x.shape[2]))
-        return self._logits(x)
+        for i, block in enumerate(self._decoder):
+            x, (k, v) = self._self_attend(block, x)
+            x, (cross_k, cross_v), _ = self._look(block, x, hidden)
+            for j, lane in enumerate(rows):  # one copy each: writing all by an index took 20 times as long
+                lanes.self_k[i, lane, :, :p], lanes.self_v[i, lane, :, :p] = k[j], v[j]
+                lanes.cross_k[i, lane], lanes.cross_v[i, lane] = cross_k[j], cross_v[j]
+            x = block.mlp(x)
+        return self._logits(x.gather(1, wanted[:, :, None].expand(-1, -1, x.shape[2])))
 
     @torch.inference_mode()
     def step(self, lanes: Lanes, tokens: Tensor, positions: Tensor, length: int) -> Tensor:
@@ -218,13 +196,15 @@ class WhisperModel:
         mask.masked_fill_(hidden_from[:, None, None, :], float("-inf"))
         x = (F.embedding(tokens, self._embedding) + self._text_positions[positions])[:, None]
         for i, block in enumerate(self._decoder):
-            q, k, v = self._split_heads(block.qkv(block.attn_norm(x)), 3, self.dims.n_text_head)
+            q, k, v = split_heads(block.qkv(block.attn_norm(x)), 3, self.dims.n_text_head)
             lanes.self_k[i][at, :, positions] = k[:, :, 0]
             lanes.self_v[i][at, :, positions] = v[:, :, 0]
             keys, values = lanes.self_k[i, :n, :, :length], lanes.self_v[i, :n, :, :length]
-            scores = (q * self._scale) @ keys.transpose(2, 3) + mask
-            x = x + block.attn_out(_merge_heads(scores.float().softmax(-1).to(v.dtype) @ values))
-            x = block.mlp(x + self._cross_attend(block, x, lanes.cross_k[i, :n], lanes.cross_v[i, :n])[0])
+            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+            x = block.attn_out.added_to(x, merge_heads(y))
+            assert block.cross is not None
+            x, _ = block.cross.attend(x, lanes.cross_k[i, :n], lanes.cross_v[i, :n])
+            x = block.mlp(x)
         return self._logits(x)[:, 0]
 
     @torch.inference_mode()
@@ -235,53 +215,61 @@ class WhisperModel:
         [b, heads, p, t] before the softmax.
         """
         x = F.embedding(tokens, self._embedding) + self._text_positions[: tokens.shape[1]]
-        scores: dict[tuple[int, int], Tensor] = {}
-        for i, (block, (cross_k, cross_v)) in enumerate(zip(self._decoder, self.cross_kv(hidden), strict=True)):
-            q, k, v = self._split_heads(block.qkv(block.attn_norm(x)), 3, self.dims.n_text_head)
-            x = x + block.attn_out(_merge_heads(F.scaled_dot_product_attention(q, k, v, is_causal=True)))
-            y, qk = self._cross_attend(block, x, cross_k, cross_v)
-            x = block.mlp(x + y)
+        found: dict[tuple[int, int], Tensor] = {}
+        for i, block in enumerate(self._decoder):
+            x, _ = self._self_attend(block, x)
+            x, _, scores = self._look(block, x, hidden)
+            x = block.mlp(x)
             if with_alignment:
-                scores |= {(i, h): qk[:, h].float() for layer, h in self.alignment_heads if layer == i}
-        alignment = torch.stack([scores[key] for key in self.alignment_heads], dim=1) if with_alignment else None
+                found |= {(i, h): scores[:, h].float() for layer, h in self.alignment_heads if layer == i}
+        alignment = torch.stack([found[key] for key in self.alignment_heads], dim=1) if with_alignment else None
         return self._logits(x), alignment
 
-    @property
-    def _scale(self) -> float:
-        """The reference scales queries and keys by head^-1/4 each; for a head of 64 one product by 1/8 is exact."""
-        return math.sqrt(self.dims.n_text_head / self.dims.n_state)
+    def _self_attend(self, block: Block, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """x [b, p, d] with what earlier positions say added, and the keys and values of all."""
+        q, k, v = split_heads(block.qkv(block.attn_norm(x)), 3, self.dims.n_text_head)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return block.attn_out.added_to(x, merge_heads(y)), (k, v)
 
-    def _cross_attend(self, block: Block, x: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Two batched matrix products: with one query row torch's SDPA was measured 3-4 times slower on CPUs."""
-        assert block.cross_norm is not None
-        assert block.cross_q is not None
-        assert block.cross_out is not None
-        (q,) = self._split_heads(block.cross_q(block.cross_norm(x)), 1, self.dims.n_text_head)
-        qk = (q * self._scale) @ k  # [b, heads, p, t]
-        y = qk.float().softmax(-1).to(v.dtype) @ v
-        return block.cross_out(_merge_heads(y)), qk
+    def _look(self, block: Block, x: Tensor, hidden: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+        """x [b, p, d] with what the audio says added, the audio's keys and values, and the scores."""
+        assert block.cross is not None
+        keys_and_values = block.cross.keys_and_values(hidden)
+        x, scores = block.cross.attend(x, *keys_and_values)
+        return x, keys_and_values, scores
 
     def _logits(self, x: Tensor) -> Tensor:
-        return F.linear(self._decoder_norm(x), self._embedding).float()
-
-    def _split_heads(self, x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
-        """[b, p, parts · d] → `parts` tensors [b, heads, p, head]."""
-        b, p, width = x.shape
-        return x.view(b, p, parts, heads, width // parts // heads).permute(2, 0, 3, 1, 4).unbind(0)
-
-
-def _merge_heads(x: Tensor) -> Tensor:
-    """[b, heads, p, head] → [b, p, d]"""
-    return x.transpose(1, 2).flatten(2)
+        return self._vocabulary(self._decoder_norm(x)).float()
 
 
 def _alignment_heads(generation: dict[str, Any], dims: Dims) -> tuple[tuple[int, int], ...]:
-    """The cross-attention heads that follow the audio, (layer, head); by default all of the last half of layers."""
+    """The cross-attention heads that follow the audio, (layer, head); by default all of the last half of layers.
+
+    A list that names a head which this model has not is its teacher's: distilled checkpoints were published so.
+    """
     listed = generation.get("alignment_heads")
-    if listed:
-        return tuple(sorted((int(layer), int(head)) for layer, head in listed))
+    try:
+        heads = {(int(layer), int(head)) for layer, head in listed or ()}
+    except (TypeError, ValueError):
+        raise ModelError("model generation_config.json: alignment_heads is no list of [layer, head]") from None
+    strangers = [(i, h) for i, h in heads if not (0 <= i < dims.n_text_layer and 0 <= h < dims.n_text_head)]
+    if heads and not strangers:
+        return tuple(sorted(heads))
+    if strangers:
+        log.warning("model: alignment head %s of its generation config is not in it; the default is used", strangers[0])
     first = dims.n_text_layer // 2
     return tuple((layer, head) for layer in range(first, dims.n_text_layer) for head in range(dims.n_text_head))
+
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _is_network(name: str) -> bool:
+    return name.removeprefix("model.").startswith(("encoder.", "decoder."))
 
 
 class _Weights:
@@ -297,38 +285,75 @@ class _Weights:
         except Exception as error:  # safetensors raises bare Exception on a damaged file
             raise ModelError(f"weights in {folder}: damaged ({error})") from None
         self._prefix = "model." if any(name.startswith("model.") for name in self._files) else ""
+        self._used: set[str] = set()
 
     def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-        full = self._prefix + name
+        return self._read(self._prefix + name, shape, dtype or self._dtype)
+
+    def output(self, embedding: Tensor) -> Tensor:
+        """The matrix that gives the logits: the token embedding, unless the checkpoint has one that differs.
+
+        As transformers does: `tie_word_embeddings` is true in nearly every config, also beside untied weights.
+        """
+        if "proj_out.weight" not in self._files:
+            return embedding
+        tensor = self._read("proj_out.weight", tuple(embedding.shape), self._dtype)
+        return embedding if torch.equal(tensor, embedding) else tensor
+
+    def check_all_used(self) -> None:
+        """Tensors that the config has no place for mean that it belongs to another model."""
+        left = next((name for name in sorted(self._files.keys() - self._used) if _is_network(name)), None)
+        if left is not None:
+            raise ModelError(f"weights: tensor {left} has no place in the model that config.json describes")
+
+    def _read(self, full: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if full not in self._files:
             raise ModelError(f"weights: tensor {full} is missing")
-        tensor: Tensor = self._files[full].get_tensor(full)
-        if tuple(tensor.shape) != shape:
-            raise ModelError(f"weights: tensor {full} has shape {tuple(tensor.shape)}, the config needs {shape}")
-        return tensor.to(device=self._device, dtype=dtype or self._dtype)
+        self._used.add(full)
+        stored: Tensor = self._files[full].get_tensor(full)
+        if tuple(stored.shape) != shape:
+            raise ModelError(f"weights: tensor {full} has shape {tuple(stored.shape)}, the config needs {shape}")
+        if stored.dtype not in _FLOATS:
+            raise ModelError(f"weights: tensor {full} is {_name(stored.dtype)}: quantised, not supported")
+        tensor = stored.to(device=self._device, dtype=dtype)
+        if not bool(tensor.sum(dtype=torch.float32).isfinite()):  # one number that is none makes the sum none
+            raise ModelError(f"weights: tensor {full} has values that are no numbers in {_name(dtype)}")
+        return tensor
 
     def norm(self, name: str, d: int) -> Norm:
         return Norm(self.get(f"{name}.weight", (d,), torch.float32), self.get(f"{name}.bias", (d,), torch.float32))
 
-    def linear(self, name: str, shape: tuple[int, ...], bias: bool = True) -> Linear:
-        return Linear(self.get(f"{name}.weight", shape), self.get(f"{name}.bias", shape[:1]) if bias else None)
+    def linear(self, name: str, shape: tuple[int, int]) -> Linear:
+        return Linear(self.get(f"{name}.weight", shape), self.get(f"{name}.bias", shape[:1]))
 
-    def fused(self, prefix: str, names: tuple[str, ...], d: int) -> Linear:
-        """Several projections of one input as one matrix; Whisper's keys have no bias, so theirs is zero."""
-        parts = [self.linear(f"{prefix}.{name}", (d, d), bias=name != "k_proj") for name in names]
-        biases = [p.bias if p.bias is not None else torch.zeros_like(p.weight[:, 0]) for p in parts]
-        return Linear(torch.cat([p.weight for p in parts]), torch.cat(biases))
+    def qkv(self, prefix: str, d: int) -> Linear:
+        """Three projections of one input as one matrix; Whisper's keys have no bias, so theirs is zero."""
+        weights = [self.get(f"{prefix}.{name}_proj.weight", (d, d)) for name in "qkv"]
+        q, v = (self.get(f"{prefix}.{name}_proj.bias", (d,)) for name in "qv")
+        return Linear(torch.cat(weights), torch.cat([q, torch.zeros_like(q), v]))
 
-    def block(self, name: str, d: int, mlp: int, *, cross: bool) -> Block:
+    def convolution(self, name: str, shape: tuple[int, int, int], stride: int) -> Convolution:
+        return Convolution(self.get(f"{name}.weight", shape), self.get(f"{name}.bias", shape[:1]), stride)
+
+    def cross(self, prefix: str, norm: str, d: int, heads: int) -> Cross:
+        return Cross(
+            norm=self.norm(norm, d),
+            query=self.linear(f"{prefix}.q_proj", (d, d)),
+            key=self.get(f"{prefix}.k_proj.weight", (d, d)),
+            value=self.get(f"{prefix}.v_proj.weight", (d, d)),
+            value_bias=self.get(f"{prefix}.v_proj.bias", (d,)),
+            out=self.linear(f"{prefix}.out_proj", (d, d)),
+            heads=heads,
+        )
+
+    def block(self, name: str, d: int, mlp: int, cross_heads: int = 0) -> Block:
+        cross = f"{name}.encoder_attn"
         return Block(
             attn_norm=self.norm(f"{name}.self_attn_layer_norm", d),
-            qkv=self.fused(f"{name}.self_attn", ("q_proj", "k_proj", "v_proj"), d),
+            qkv=self.qkv(f"{name}.self_attn", d),
             attn_out=self.linear(f"{name}.self_attn.out_proj", (d, d)),
             mlp_norm=self.norm(f"{name}.final_layer_norm", d),
             up=self.linear(f"{name}.fc1", (mlp, d)),
             down=self.linear(f"{name}.fc2", (d, mlp)),
-            cross_norm=self.norm(f"{name}.encoder_attn_layer_norm", d) if cross else None,
-            cross_q=self.linear(f"{name}.encoder_attn.q_proj", (d, d)) if cross else None,
-            cross_kv=self.fused(f"{name}.encoder_attn", ("k_proj", "v_proj"), d) if cross else None,
-            cross_out=self.linear(f"{name}.encoder_attn.out_proj", (d, d)) if cross else None,
+            cross=self.cross(cross, f"{cross}_layer_norm", d, cross_heads) if cross_heads else None,
         )

@@ -1,28 +1,37 @@
 """Continuous batching: walks ask, one batch on the device answers them all (see `step`).
 
-A walk's next wish waits in a queue until a lane is free; a lane that ends is refilled at once, by whichever walk has
-waited longest, and a fallback is just another wish with its window already encoded. No walk waits for another.
+A walk's next wish waits until a lane is free; a lane that ends is refilled at once, and a fallback is just another
+wish with its window already encoded. No walk waits for another. Lanes are shared fairly over the owners of walks.
+Out of memory, the lanes are halved and what was in them begins again.
 Single-threaded: one dispatcher calls it. It knows tokens and tensors, not recordings or futures.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from collections.abc import Callable
+import logging
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.engine.beam import Beam
 from pipeline.engine.decoding import Align, Decode, Decoded, DetectLanguage, Request, Sampler, Walk, Window
+from pipeline.engine.fairness import FairQueue
 from pipeline.engine.features import LogMel
 from pipeline.engine.model import WhisperModel
-from pipeline.engine.timing import WordTiming, attention_cost, word_timings
+from pipeline.engine.timing import WordTiming, attention_cost, warp, word_timings
 from pipeline.engine.tokens import Tokenizer
+from pipeline.errors import EngineError
 
-ENCODE_BATCH = 4  # windows encoded together, a little ahead of the lanes
-ALIGN_BATCH = 4
+log = logging.getLogger(__name__)
+
+WINDOW_BATCH = 4  # windows encoded together, a little ahead of the lanes; or aligned, or asked for their language
 ALIGN_PATIENCE = 16  # steps that a smaller batch waits for company while lanes are busy
 LANGUAGES_REMEMBERED = 4096  # detections, by name of their audio: all Units of a recording ask the same
 LENGTH_STEP = 64  # self-attention is bounded by a multiple of this, so that shapes repeat
@@ -30,11 +39,19 @@ LENGTH_STEP = 64  # self-attention is bounded by a multiple of this, so that sha
 
 @dataclass(slots=True, eq=False)
 class Task:
-    """A walk on its way. `done` is called once, with its result or with the error that ended it."""
+    """A walk on its way. `done` is called once, with its result or with the error that ended it.
+
+    Walks of one `owner` (a request, a Unit) share what lanes are due to it; None: the walk is its own.
+    """
 
     walk: Walk
     done: Callable[[Any], None]
+    owner: Hashable = None
     cancelled: bool = False
+
+    @property
+    def whose(self) -> Hashable:
+        return self if self.owner is None else self.owner
 
 
 @dataclass(slots=True, eq=False)
@@ -47,46 +64,70 @@ class _Ask:
 
 
 @dataclass(slots=True, eq=False)
-class _Lane:
-    """What one slot of the batch is doing."""
+class _Candidate:
+    """One try at a window's text, in one lane, or for a beam in one lane for each hypothesis."""
 
     ask: _Ask
     decode: Decode
-    no_speech_prob: float
-    tokens: list[int] = field(default_factory=list)
+    seed: int
+    no_speech_prob: float = 0.0
+    lanes: list[int] = field(default_factory=list)
+    beam: Beam | None = None
+    length: int = 0  # tokens in the lanes: prompt and what was sampled
 
-    def is_full(self, context: int) -> bool:
-        n = len(self.tokens)
-        return n >= self.decode.max_tokens or len(self.decode.prompt) + n > context
+    @property
+    def n_lanes(self) -> int:
+        return self.decode.beam_size or 1
 
 
 class Scheduler:
     def __init__(self, model: WhisperModel, tokenizer: Tokenizer, features: LogMel, lanes: int) -> None:
         self._model, self._tokenizer, self._features = model, tokenizer, features
-        self._caches = model.allocate(lanes)
-        self._sampler = Sampler(tokenizer, lanes, model.device)
-        self._positions = torch.zeros(lanes, dtype=torch.int64, device=model.device)
-        self._lanes: list[_Lane | None] = [None] * lanes
-        self._decodes: deque[tuple[_Ask, Decode, int]] = deque()  # with the candidate's seed
-        self._detects: deque[tuple[_Ask, DetectLanguage]] = deque()
-        self._aligns: deque[tuple[_Ask, Align]] = deque()
+        self._held: Counter[Hashable] = Counter()  # lanes, by owner
+        self._decodes: FairQueue[_Candidate] = FairQueue(self._held)
+        self._detects: deque[_Ask] = deque()
+        self._aligns: deque[_Ask] = deque()
         self._aligns_waited = 0  # steps
         self._tasks: set[Task] = set()
         self._languages: OrderedDict[bytes, tuple[str, float]] = OrderedDict()
+        self._window_batch = WINDOW_BATCH
+        self._allocate(lanes)
+
+    def _allocate(self, lanes: int) -> None:
+        self._lanes: list[_Candidate | None] = [None] * lanes
+        self._caches = self._model.allocate(lanes)
+        self._sampler = Sampler(self._tokenizer, lanes, self._model.device)
+        self._positions = torch.zeros(lanes, dtype=torch.int64, device=self._model.device)
 
     @property
     def idle(self) -> bool:
         return not self._tasks
+
+    @property
+    def n_lanes(self) -> int:
+        return len(self._lanes)
+
+    @property
+    def n_windows(self) -> int:
+        """Encoder windows admitted and not yet answered: each walk has one at a time."""
+        return len(self._tasks)
 
     def start(self, task: Task) -> None:
         self._tasks.add(task)
         self._advance(task, None)
 
     def cancel(self, task: Task) -> None:
-        """The task's lanes are free at the next step; `done` is not called."""
+        """The task's lanes are free at once; `done` is not called."""
         task.cancelled = True
         task.walk.close()
         self._tasks.discard(task)
+        self._decodes.remove(task.whose, lambda candidate: candidate.ask.task is task)
+        for queue in (self._detects, self._aligns):
+            for ask in [ask for ask in queue if ask.task is task]:
+                queue.remove(ask)
+        for candidate in self._live():
+            if candidate.ask.task is task:
+                self._free(candidate)
 
     def fail_all(self, error: Exception) -> None:
         """After the device failed: every task ends with `error`, every lane is free."""
@@ -94,18 +135,22 @@ class Scheduler:
         for queue in (self._decodes, self._detects, self._aligns):
             queue.clear()
         self._lanes = [None] * len(self._lanes)
+        self._held.clear()
         for task in tasks:
             task.done(error)
 
     @torch.inference_mode()
     def step(self) -> None:
         """One turn: fill the free lanes, take every live lane one token further, answer what has ended."""
-        self._drop_cancelled()
-        self._encode_ahead()
-        self._answer_detects()
-        self._fill_lanes()
-        self._decode_token()
-        self._answer_aligns()
+        try:
+            self._encode_ahead()
+            self._answer_detects()
+            self._fill_lanes()
+            self._decode_token()
+            self._answer_aligns()
+        except RuntimeError as error:  # torch.OutOfMemoryError is one; on a CPU it has no class of its own
+            if not _is_out_of_memory(error) or not self._make_room():
+                raise
 
     # -- asking and answering --------------------------------------------------------------------------------
 
@@ -129,47 +174,72 @@ class Scheduler:
     def _queue(self, ask: _Ask) -> None:
         match ask.request:
             case Decode() as decode:
-                self._decodes.extend((ask, decode, seed) for seed in decode.seeds)
+                for seed in decode.seeds:
+                    self._decodes.push(ask.task.whose, _Candidate(ask, decode, seed))
             case DetectLanguage() as detect:
                 known = self._languages.get(detect.window.key or b"")
                 if known is None:
-                    self._detects.append((ask, detect))
+                    self._detects.append(ask)
                 else:
                     self._advance(ask.task, known)
-            case Align() as align:
-                self._aligns.append((ask, align))
+            case Align():
+                self._aligns.append(ask)
 
-    def _drop_cancelled(self) -> None:
-        for i, lane in enumerate(self._lanes):
-            if lane is not None and lane.ask.task.cancelled:
-                self._lanes[i] = None
-        for queue in (self._decodes, self._detects, self._aligns):
-            if any(entry[0].task.cancelled for entry in queue):
-                live = [entry for entry in queue if not entry[0].task.cancelled]
-                queue.clear()
-                queue.extend(live)  # type: ignore[arg-type]
+    # -- memory ----------------------------------------------------------------------------------------------
+
+    def _make_room(self) -> bool:
+        """Halves the lanes and the batches beside them; what was in the lanes goes back to the head of its line.
+
+        False: there is nothing left to give up.
+        """
+        if self.n_lanes == 1 and self._window_batch == 1:
+            return False
+        for candidate in reversed(self._live()):
+            self._free(candidate)
+            candidate.beam = None
+            self._decodes.push_front(candidate.ask.task.whose, candidate)
+        had, self._window_batch = self.n_lanes, max(1, self._window_batch // 2)
+        del self._caches, self._sampler, self._positions
+        lanes = max(1, had // 2)
+        while not self._try_to_allocate(lanes):
+            if lanes == 1:
+                raise EngineError("out of memory: not even one lane fits beside the model")
+            lanes //= 2
+        log.warning("engine: out of memory; going on with %d lanes instead of %d", lanes, had)
+        return True
+
+    def _try_to_allocate(self, lanes: int) -> bool:
+        if self._model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            self._allocate(lanes)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            return False
+        return True
 
     # -- the encoder -----------------------------------------------------------------------------------------
 
     def _encode_ahead(self) -> None:
         """Encodes the windows next in line, if one of them holds up a free lane or a language."""
         free = self._lanes.count(None)
-        line: list[Window] = [detect.window for _, detect in self._detects]
-        line += [decode.window for _, decode, _ in self._decodes]
+        line: list[Window] = [ask.request.window for ask in self._detects]
+        candidates = self._decodes.upcoming(lambda candidate: candidate.n_lanes)
+        line += [candidate.decode.window for candidate in islice(candidates, free + self._window_batch)]
         urgent = line[: len(self._detects) + free]
         if all(window.hidden is not None for window in urgent):
             return
-        batch = list(dict.fromkeys(window for window in line if window.hidden is None))[:ENCODE_BATCH]
+        batch = list(dict.fromkeys(window for window in line if window.hidden is None))[: self._window_batch]
         mel = torch.stack([window.mel(self._features) for window in batch])
         for window, hidden in zip(batch, self._model.encode(mel), strict=True):
             window.hidden = hidden
 
     def _answer_detects(self) -> None:
-        ready = [entry for entry in self._detects if entry[1].window.hidden is not None]
-        if not ready:
+        encoded = (ask.request.window for ask in self._detects if ask.request.window.hidden is not None)
+        windows = list(islice(dict.fromkeys(encoded), self._window_batch))  # all spans of a Unit ask about one
+        if not windows:
             return
-        self._detects = deque(entry for entry in self._detects if entry[1].window.hidden is None)
-        windows = list(dict.fromkeys(detect.window for _, detect in ready))  # all spans of a Unit ask about one
         sot = torch.full((len(windows), 1), self._tokenizer.sot, device=self._model.device)
         logits, _ = self._model.forward(_stack(windows), sot)
         codes = list(self._tokenizer.languages)
@@ -177,10 +247,12 @@ class Scheduler:
         best = logits[:, 0, ids].softmax(-1).max(-1)
         found = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         answers = {window: (codes[i], value) for window, (i, value) in zip(windows, found, strict=True)}
+        ready = [ask for ask in self._detects if ask.request.window in answers]
+        self._detects = deque(ask for ask in self._detects if ask.request.window not in answers)
         for window, answer in answers.items():
             self._remember_language(window, answer)
-        for ask, detect in ready:
-            self._advance(ask.task, answers[detect.window])
+        for ask in ready:
+            self._advance(ask.task, answers[ask.request.window])
 
     def _remember_language(self, window: Window, answer: tuple[str, float]) -> None:
         if window.key is not None:
@@ -190,69 +262,142 @@ class Scheduler:
 
     # -- the decoder -----------------------------------------------------------------------------------------
 
-    def _fill_lanes(self) -> None:
-        """Gives the free lanes, lowest first, to the longest-waiting decodes whose windows are encoded."""
-        free = [i for i, lane in enumerate(self._lanes) if lane is None]
-        entries: list[tuple[_Ask, Decode, int]] = []
-        while self._decodes and len(entries) < len(free) and self._decodes[0][1].window.hidden is not None:
-            entries.append(self._decodes.popleft())
-        if not entries:
-            return
-        rows = torch.tensor(free[: len(entries)], device=self._model.device)
-        logits = self._prefill(rows, [decode for _, decode, _ in entries])  # [b, 2, vocab]
-        silence = logits[:, 0].softmax(-1)[:, self._tokenizer.no_speech].tolist()
-        for lane, (ask, decode, seed), probability in zip(free, entries, silence, strict=False):
-            self._lanes[lane] = _Lane(ask, decode, probability)
-            self._sampler.admit(lane, decode, seed)
-        hot = any(decode.temperature > 0 for _, decode, _ in entries)
-        self._take(free[: len(entries)], self._sampler.sample(logits[:, 1], rows, hot))
+    def _live(self) -> list[_Candidate]:
+        """The candidates in the lanes, each once, by their first lane."""
+        return list(dict.fromkeys(candidate for candidate in self._lanes if candidate is not None))
 
-    def _prefill(self, rows: Tensor, decodes: list[Decode]) -> Tensor:
+    def _fill_lanes(self) -> None:
+        """Gives the free lanes, lowest first, to the candidates next in line whose windows are encoded."""
+        free = deque(i for i, lane in enumerate(self._lanes) if lane is None)
+        admitted: list[_Candidate] = []
+        while free and len(self._decodes):
+            candidate = self._decodes.pop()
+            if candidate.n_lanes > self.n_lanes:
+                needs = f"beam_size {candidate.n_lanes} needs as many lanes; there are {self.n_lanes}"
+                self._finish(candidate.ask.task, EngineError(needs))
+                continue
+            if candidate.n_lanes > len(free) or candidate.decode.window.hidden is None:
+                self._decodes.push_front(candidate.ask.task.whose, candidate)
+                break
+            self._seat(candidate, [free.popleft() for _ in range(candidate.n_lanes)])
+            admitted.append(candidate)
+        if admitted:
+            self._begin(admitted)
+
+    def _seat(self, candidate: _Candidate, lanes: list[int]) -> None:
+        candidate.lanes = lanes
+        for lane in lanes:
+            self._lanes[lane] = candidate
+        self._held[candidate.ask.task.whose] += len(lanes)
+
+    def _free(self, candidate: _Candidate) -> None:
+        for lane in candidate.lanes:
+            self._lanes[lane] = None
+        owner = candidate.ask.task.whose
+        self._held[owner] -= len(candidate.lanes)
+        if not self._held[owner]:
+            del self._held[owner]
+        candidate.lanes = []
+
+    def _begin(self, candidates: list[_Candidate]) -> None:
+        """Prompts into the lanes, and everybody's first token."""
+        firsts = [candidate.lanes[0] for candidate in candidates]
+        logits = self._prefill(firsts, [candidate.decode for candidate in candidates])  # [b, 2, vocab]
+        silence = logits[:, 0].softmax(-1)[:, self._tokenizer.no_speech].tolist()
+        for candidate, probability in zip(candidates, silence, strict=True):
+            candidate.no_speech_prob = probability
+            candidate.length = len(candidate.decode.prompt)
+            first, *others = candidate.lanes
+            self._sampler.admit(first, candidate.decode, candidate.seed)
+            if candidate.decode.beam_size:
+                candidate.beam = Beam(candidate.decode.beam_size, candidate.decode.patience, self._tokenizer.eot)
+            for lane in others:
+                self._move(first, lane, candidate.length)
+        lanes = [lane for candidate in candidates for lane in candidate.lanes]
+        repeats = torch.tensor([len(candidate.lanes) for candidate in candidates], device=logits.device)
+        self._take(candidates, logits[:, 1].repeat_interleave(repeats, 0), lanes)
+
+    def _move(self, source: int, target: int, length: int) -> None:
+        self._caches.copy(source, target, length)
+        self._sampler.copy(source, target)
+        self._positions[target] = self._positions[source]
+
+    def _prefill(self, rows: list[int], decodes: list[Decode]) -> Tensor:
         """Float32 logits [b, 2, vocab] at each prompt's start-of-transcript and at its last token."""
         longest = max(len(decode.prompt) for decode in decodes)
         tokens = torch.full((len(decodes), longest), self._tokenizer.eot)
         for i, decode in enumerate(decodes):
             tokens[i, : len(decode.prompt)] = torch.tensor(decode.prompt)
         wanted = torch.tensor([[decode.sot_index, len(decode.prompt) - 1] for decode in decodes])
-        self._positions[rows] = wanted[:, 1].to(rows.device)
+        device = self._model.device
+        self._positions[rows] = wanted[:, 1].to(device)
         hidden = _stack([decode.window for decode in decodes])
-        return self._model.prefill(self._caches, rows, hidden, tokens.to(rows.device), wanted.to(rows.device))
+        return self._model.prefill(self._caches, rows, hidden, tokens.to(device), wanted.to(device))
 
     def _decode_token(self) -> None:
         """One token further in every live lane; the caches of lanes [0, n) are used as they lie."""
-        if not self._decodes:
+        if not len(self._decodes):
             self._close_gaps()
-        live = [i for i, lane in enumerate(self._lanes) if lane is not None]
+        live = self._live()
         if not live:
             return
-        n = live[-1] + 1
+        n = 1 + max(lane for candidate in live for lane in candidate.lanes)
         self._positions[:n] += 1
-        longest = max(len(lane.decode.prompt) + len(lane.tokens) for lane in self._lanes if lane is not None)
+        longest = 1 + max(candidate.length for candidate in live)
         length = min(-(-longest // LENGTH_STEP) * LENGTH_STEP, self._model.dims.n_text_ctx)
         idle = [i for i in range(n) if self._lanes[i] is None]
         if idle:
             self._positions[idle] = 0  # an idle lane in between computes along; its first position is never read
         logits = self._model.step(self._caches, self._sampler.last[:n], self._positions[:n], length)
-        hot = any(lane is not None and lane.decode.temperature > 0 for lane in self._lanes)
-        chosen = self._sampler.sample(logits, slice(0, n), hot)
-        self._take(live, chosen[live] if idle else chosen)
+        self._take(live, logits, range(n))
 
-    def _take(self, lanes: list[int], tokens: Tensor) -> None:
-        """Notes the lanes' new tokens and ends those that are complete."""
-        for i, token in zip(lanes, tokens.tolist(), strict=True):
-            lane = self._lanes[i]
-            assert lane is not None
-            if token != self._tokenizer.eot:
-                lane.tokens.append(token)
-                if not lane.is_full(self._model.dims.n_text_ctx):
-                    continue
-            self._lanes[i] = None
-            self._end(lane, float(self._sampler.sum_logprob[i]))
+    def _take(self, candidates: list[_Candidate], logits: Tensor, lanes: list[int] | range) -> None:
+        """Samples the next token of `lanes`, whose float32 `logits` these are, and ends what is complete."""
+        row_of = {lane: row for row, lane in enumerate(lanes)}
+        beams = [candidate for candidate in candidates if candidate.beam is not None]
+        chosen = {candidate: self._advance_beam(candidate, logits, row_of) for candidate in beams}
+        hot = [row_of[c.lanes[0]] for c in candidates if c.beam is None and c.decode.temperature > 0]
+        rows = slice(lanes.start, lanes.stop) if isinstance(lanes, range) else self._index(lanes)
+        self._sampler.sample(logits, rows, self._index(hot) if hot else None)
+        for candidate, (sources, hypotheses) in chosen.items():
+            self._follow(candidate, sources, hypotheses)
+        ended = self._sampler.ended.tolist()
+        for candidate in candidates:
+            candidate.length += 1
+            if ended[candidate.lanes[0]] or (candidate.beam is not None and candidate.beam.is_complete):
+                self._end(candidate)
 
-    def _end(self, lane: _Lane, sum_logprob: float) -> None:
-        lane.ask.answers.append(Decoded(lane.tokens, sum_logprob, lane.no_speech_prob))
-        if len(lane.ask.answers) == len(lane.decode.seeds):
-            self._advance(lane.ask.task, lane.ask.answers)
+    def _advance_beam(
+        self, candidate: _Candidate, logits: Tensor, row_of: dict[int, int]
+    ) -> tuple[list[int], list[list[int]]]:
+        """A beam's next hypotheses: which of the present ones each continues, and all its tokens."""
+        beam = candidate.beam
+        assert beam is not None
+        rows = self._index([row_of[lane] for lane in candidate.lanes])
+        scores = self._sampler.log_probabilities(logits[rows], self._index(candidate.lanes))
+        best = scores.topk(beam.size + 1)
+        sums = best.values + torch.tensor(beam.sums, device=scores.device)[:, None]
+        return beam.advance(sums.tolist(), best.indices.tolist()), beam.rows
+
+    def _follow(self, candidate: _Candidate, sources: list[int], rows: list[list[int]]) -> None:
+        """Puts a beam's hypotheses into its lanes, in place of what the sampler took there."""
+        lanes = self._index(candidate.lanes)
+        if sources != list(range(len(sources))):
+            origin = self._index([candidate.lanes[source] for source in sources])
+            self._caches.reorder(lanes, origin, candidate.length)
+        self._sampler.restate(lanes, rows)
+
+    def _index(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, device=self._model.device)
+
+    def _end(self, candidate: _Candidate) -> None:
+        """Frees the lanes and hands in what was found; the task's next wish may be in line when this returns."""
+        found = candidate.beam.answers() if candidate.beam else [self._sampler.found(candidate.lanes[0])]
+        self._free(candidate)
+        ask = candidate.ask
+        ask.answers += [Decoded(tokens, total, candidate.no_speech_prob) for tokens, total in found]
+        if candidate.beam is not None or len(ask.answers) == len(candidate.decode.seeds):
+            self._advance(ask.task, ask.answers)
 
     def _close_gaps(self) -> None:
         """With nobody waiting, moves the last live lanes into free ones before them: a shorter batch from here on."""
@@ -261,10 +406,11 @@ class Scheduler:
             last = max((i for i, lane in enumerate(self._lanes) if lane is not None), default=-1)
             if last < gap:
                 return
-            self._caches.move(last, gap)
-            self._sampler.move(last, gap)
-            self._positions[gap] = self._positions[last]
-            self._lanes[gap], self._lanes[last] = self._lanes[last], None
+            candidate = self._lanes[last]
+            assert candidate is not None
+            self._move(last, gap, candidate.length)
+            candidate.lanes[candidate.lanes.index(last)] = gap
+            self._lanes[gap], self._lanes[last] = candidate, None
 
     # -- words -----------------------------------------------------------------------------------------------
 
@@ -274,12 +420,15 @@ class Scheduler:
             return
         self._aligns_waited += 1
         busy = any(lane is not None for lane in self._lanes)
-        if busy and len(self._aligns) < ALIGN_BATCH and self._aligns_waited < ALIGN_PATIENCE:
+        if busy and len(self._aligns) < self._window_batch and self._aligns_waited < ALIGN_PATIENCE:
             return
         self._aligns_waited = 0
-        batch = [self._aligns.popleft() for _ in range(min(ALIGN_BATCH, len(self._aligns)))]
-        for (ask, _), timings in zip(batch, self._align([align for _, align in batch]), strict=True):
-            self._advance(ask.task, timings)
+        batch = list(islice(self._aligns, self._window_batch))
+        timings = self._align([ask.request for ask in batch])  # type: ignore[misc]
+        for _ in batch:
+            self._aligns.popleft()
+        for ask, words in zip(batch, timings, strict=True):
+            self._advance(ask.task, words)
 
     def _align(self, aligns: list[Align]) -> list[list[WordTiming]]:
         """One teacher-forced pass over the windows' texts without timestamps, then each window's own path."""
@@ -295,16 +444,27 @@ class Scheduler:
         hidden = _stack([align.window for align in aligns])
         logits, scores = self._model.forward(hidden, tokens.to(self._model.device), with_alignment=True)
         assert scores is not None
-        timings = []
+        costs, likely = [], []
         for i, (align, sot, row) in enumerate(zip(aligns, sots, rows, strict=True)):
-            text = torch.tensor(align.text_tokens, device=logits.device)
-            predicted = logits[i, len(sot) : len(sot) + len(text), : tokenizer.eot].softmax(-1)
-            probabilities = predicted.gather(1, text[:, None])[:, 0].double().cpu().numpy()
-            cost = attention_cost(scores[i, :, : len(row)], align.window.n_frames, len(sot))
-            timings.append(word_timings(cost, probabilities, align.text_tokens, tokenizer, align.language))
-        return timings
+            costs.append(attention_cost(scores[i, :, : len(row)], align.window.n_frames, len(sot)))
+            likely.append(self._probabilities(logits[i, len(sot) :], align.text_tokens))
+        return [
+            word_timings(path, probabilities, align.text_tokens, tokenizer, align.language)
+            for path, probabilities, align in zip(warp(costs), likely, aligns, strict=True)
+        ]
+
+    def _probabilities(self, logits: Tensor, text_tokens: tuple[int, ...]) -> NDArray[np.float64]:
+        """How likely each text token was among all text tokens, [n]; `logits` begin where the first was predicted."""
+        text = torch.tensor(text_tokens, device=logits.device)
+        logits = logits[: len(text), : self._tokenizer.eot]
+        return (logits.gather(1, text[:, None])[:, 0] - logits.logsumexp(-1)).exp().double().cpu().numpy()
 
 
 def _stack(windows: list[Window]) -> Tensor:
     """The windows' hidden states as one batch [b, n_audio_ctx, d]."""
     return torch.stack([window.hidden for window in windows if window.hidden is not None])
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """torch has a class for it on devices; on a CPU its allocator only says so."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)

@@ -25,6 +25,7 @@ _SYMBOLS = tuple('"#()*+/:;<=>@[\\]^_`{|}~「」『』') + tuple(
     "<< >> <<< >>> -- --- -( -[ (' (\" (( )) ((( ))) [[ ]] {{ }} ♪♪ ♪♪♪".split()
 )
 _NOTES = tuple("♩♪♫♬♭♮♯")
+MAX_HOTWORDS = 111  # tokens: half of the 223 that may stand before a window
 _REPLACEMENT = "\ufffd"
 
 
@@ -91,6 +92,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         return [i for i in self._bpe.encode(text, add_special_tokens=False).ids if i < self.eot]
+
+    def hotwords(self, text: str | None) -> list[int]:
+        """The tokens that stand before every window's prompt."""
+        return self.encode(" " + text.strip()) if text and text.strip() else []
 
     @cached_property
     def _bytes(self) -> list[bytes]:
@@ -166,9 +171,17 @@ class Tokenizer:
 
 def check_options(options: DecodeOptions, tokenizer: Tokenizer) -> None:
     """Refuses what the engine, or a model with this vocabulary, cannot honour. Raises `ConfigError`."""
-    for name in ("beam_size", "patience", "hotwords"):
-        if getattr(options, name) is not None:
-            raise ConfigError(f"{name} is not supported")
+    if options.patience is not None and options.beam_size is None:
+        raise ConfigError("patience needs beam_size")
+    for name in ("beam_size", "best_of", "patience"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"{name} {value} is not above 0")
+    n_hotwords = len(tokenizer.hotwords(options.hotwords))
+    if n_hotwords > MAX_HOTWORDS:
+        raise ConfigError(f"hotwords are {n_hotwords} tokens; at most {MAX_HOTWORDS} leave room for a prompt")
+    if options.beam_size is not None and round(options.beam_size * (options.patience or 1.0)) < 1:
+        raise ConfigError(f"patience {options.patience} leaves beam_size {options.beam_size} no candidate")
     languages = tokenizer.languages or {"en": 0}
     if options.language not in (None, "window") and options.language not in languages:
         raise ConfigError(f"language {options.language!r} is not one of the model's: {' '.join(sorted(languages))}")

@@ -7,6 +7,7 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -143,6 +144,51 @@ def test_a_device_error_ends_what_is_in_flight_and_nothing_else(
         assert "device on fire" in failed.failure.message
     (fine,) = engine.run([unit(clips[0])], PLAIN)
     assert fine.failure is None
+
+
+@pytest.mark.parametrize("where", ["encode", "prefill", "step", "forward"])
+def test_out_of_memory_halves_the_lanes_and_loses_nothing(
+    clips: list[Clip], monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """The device refuses a batch of more than two, wherever that is noticed."""
+    options = dataclasses.replace(PLAIN, word_timestamps=True)
+    true = getattr(WhisperModel, where)
+    refused = []
+
+    def small(self: WhisperModel, *given: Any, **more: Any) -> Any:
+        size = len(given[1]) if where in ("prefill", "step") else len(given[0])
+        if size > 2:
+            refused.append(size)
+            raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
+        return true(self, *given, **more)
+
+    with load_engine(EngineConfig(model="demo", dtype="float32", lanes=8)) as engine:
+        expected = engine.decode([clip.pcm for clip in clips], options)
+        monkeypatch.setattr(WhisperModel, where, small)
+        found = engine.decode([clip.pcm for clip in clips], options)
+    assert refused
+    assert [h.segments for h in found] == [h.segments for h in expected]
+
+
+def test_out_of_memory_with_one_lane_is_an_error(clips: list[Clip], monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object, **__: object) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    with load_engine(EngineConfig(model="demo", dtype="float32", lanes=2)) as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(WhisperModel, "step", none)
+            with pytest.raises(EngineError, match="allocate memory"):
+                engine.decode([clips[0].pcm], PLAIN)
+        assert engine.decode([clips[0].pcm], PLAIN)[0].segments
+
+
+def test_a_beam_finds_the_same_alone_and_among_others(engine: LocalEngine, clips: list[Clip]) -> None:
+    beam = dataclasses.replace(PLAIN, beam_size=3)
+    (alone,) = engine.decode([clips[0].pcm], beam)
+    among = engine.decode([clip.pcm for clip in clips[:3]], beam)
+    assert among[0].segments == alone.segments
+    with pytest.raises(EngineError, match="beam_size 5 needs as many lanes; there are 4"):
+        engine.decode([clips[0].pcm], dataclasses.replace(PLAIN, beam_size=5))
 
 
 def test_a_walk_that_breaks_is_its_own_unit_s_failure(

@@ -45,7 +45,7 @@ def sampler_after(tokenizer: Tokenizer, histories: Sequence[list[int]], temperat
         seeds = (lane,)
         sampler.admit(lane, Decode(window, (), 0, temperature, seeds, suppress, 224), seed=lane)
         for token in history:
-            sampler._record(torch.tensor([token]), slice(lane, lane + 1))
+            sampler.record(torch.tensor([token]), slice(lane, lane + 1))
     return sampler
 
 
@@ -72,28 +72,44 @@ def test_greedy_choice_and_log_probability_match_the_reference(tokenizer: Tokeni
         logits = torch.randn(len(HISTORIES), N_VOCAB, generator=generator) * 3
         logits[:, TIME:] += tilt
         sampler = sampler_after(tokenizer, HISTORIES)
-        chosen = sampler.sample(logits, slice(0, len(HISTORIES)), hot=False)
+        sampler.sample(logits.clone(), slice(0, len(HISTORIES)))
+        chosen = sampler.last
+        listed = sampler_after(tokenizer, HISTORIES).log_probabilities(logits, slice(0, len(HISTORIES)))
         for i, history in enumerate(HISTORIES):
             expected = reference_logits(history, logits[i])
             assert chosen[i] == expected.argmax(), history
+            assert torch.allclose(listed[i], expected.log_softmax(-1), atol=1e-4), history
             assert sampler.sum_logprob[i] == pytest.approx(float(expected.log_softmax(-1).max()), abs=1e-4)
 
 
 def test_a_row_draws_the_same_alone_and_among_others(tokenizer: Tokenizer) -> None:
     logits = torch.randn(len(HISTORIES), N_VOCAB, generator=torch.Generator().manual_seed(6))
     together = sampler_after(tokenizer, HISTORIES, temperature=0.8)
-    all_rows = together.sample(logits, slice(0, len(HISTORIES)), hot=True)
+    n = len(HISTORIES)
+    together.sample(logits.clone(), slice(0, n), hot=torch.arange(n))
     for i in range(len(HISTORIES)):
         alone = sampler_after(tokenizer, HISTORIES, temperature=0.8)
-        assert alone.sample(logits[i : i + 1], torch.tensor([i]), hot=True) == all_rows[i]
+        alone.sample(logits[i : i + 1].clone(), torch.tensor([i]), hot=torch.tensor([0]))
+        assert alone.last[i] == together.last[i]
+        assert alone.sum_logprob[i] == together.sum_logprob[i]
 
 
 def test_cold_rows_are_greedy_beside_hot_ones(tokenizer: Tokenizer) -> None:
     logits = torch.randn(2, N_VOCAB, generator=torch.Generator().manual_seed(7))
     sampler = sampler_after(tokenizer, [[TIME], [TIME]], temperature=0.0)
     sampler._temperature[1] = 1.0
-    chosen = sampler.sample(logits, slice(0, 2), hot=True)
-    assert chosen[0] == reference_logits([TIME], logits[0]).argmax()
+    sampler.sample(logits.clone(), slice(0, 2), hot=torch.tensor([1]))
+    assert sampler.last[0] == reference_logits([TIME], logits[0]).argmax()
+
+
+def test_hypotheses_that_change_places_go_on_by_the_rules(tokenizer: Tokenizer) -> None:
+    """`restate` leaves a lane as if it had sampled the tokens one by one."""
+    histories = [[TIME, TEXT, TIME + 100], [TIME, TEXT, TEXT], [TIME + 3, TEXT, TEXT]]
+    stepped, restated = sampler_after(tokenizer, histories), sampler_after(tokenizer, histories[::-1])
+    restated.restate(torch.arange(3), histories)
+    logits = torch.randn(3, N_VOCAB, generator=torch.Generator().manual_seed(8))
+    rows = slice(0, 3)
+    assert torch.equal(stepped.log_probabilities(logits, rows), restated.log_probabilities(logits, rows))
 
 
 def test_draws_follow_the_softmax(tokenizer: Tokenizer) -> None:
@@ -105,7 +121,7 @@ def test_draws_follow_the_softmax(tokenizer: Tokenizer) -> None:
     counts = [0, 0, 0]
     for seed in range(n):
         sampler._seed[0] = seed * 7919
-        sampler._count[0] = 1
+        sampler.count[0] = 1
         noise = sampler._gumbel(slice(0, 1), N_VOCAB)
         counts[int((logits + noise).argmax()) - TEXT] += 1
     expected = [n / 8, n / 4, n * 5 / 8]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
 from whisper.timing import dtw_cpu, median_filter
 
-from pipeline.engine.timing import Draft, WordTiming, _median_filter, last_word_end, place_words, warp
+from pipeline.engine.timing import _MEDIAN_NETWORK, Draft, WordTiming, _median_filter, last_word_end, place_words, warp
 
 EOT = 50257
 
@@ -20,7 +22,7 @@ def test_path_is_the_reference_s(shape: tuple[int, int], levels: int) -> None:
     for _ in range(5):
         cost = draw.integers(0, levels, shape).astype(np.float64) if levels else draw.standard_normal(shape)
         expected = dtw_cpu(cost)
-        rows, columns = warp(cost)
+        (rows, columns), _ = warp([cost, draw.standard_normal((11, 30))])  # beside another of another size
         assert rows.tolist() == expected[0].tolist()
         assert columns.tolist() == expected[1].tolist()
 
@@ -29,6 +31,22 @@ def test_path_is_the_reference_s(shape: tuple[int, int], levels: int) -> None:
 def test_median_filter(n: int) -> None:
     x = torch.randn(2, 3, n, generator=torch.Generator().manual_seed(n))
     assert torch.equal(_median_filter(x), median_filter(x, 7))
+
+
+def test_median_network() -> None:
+    """By the zero-one principle: what puts the middle of all zeros and ones in place does so for all numbers."""
+    for bits in product((0.0, 1.0), repeat=7):
+        values = list(bits)
+        for low, high in _MEDIAN_NETWORK:
+            values[low], values[high] = min(values[low], values[high]), max(values[low], values[high])
+        assert values[3] == sorted(bits)[3]
+
+
+def test_median_filter_with_positions_nobody_looks_at() -> None:
+    x = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(1))
+    x[:, :, 20:23] = float("nan")
+    assert torch.equal(_median_filter(x).isnan(), median_filter(x, 7).isnan())
+    assert torch.equal(_median_filter(x).nan_to_num(), median_filter(x, 7).nan_to_num())
 
 
 def timing(word: str, start: float, end: float) -> WordTiming:

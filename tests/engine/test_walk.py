@@ -233,12 +233,25 @@ def test_language_is_detected_once_or_on_every_window(tokenizer: Tokenizer) -> N
     assert {s.language for s in each.segments} == {"de"}
 
 
+def test_hotwords_stand_before_every_window_and_take_room_from_the_history(tokenizer: Tokenizer) -> None:
+    said = [at(0), *[1000] * 100, at(29)]
+    options = DecodeOptions(language="en", algorithm="sequential", hotwords=" Murmuration, Lingen ")
+    _, asked = run(150, options, tokenizer, lambda _: (said, GOOD, 0.0))
+    hot = tokenizer.encode(" Murmuration, Lingen")
+    assert all(d.prompt[: len(hot) + 1] == (tokenizer.sot_prev, *hot) for d in asked)
+    assert len(asked[-1].prompt) == 1 + 223 + 3, "the history fills what is left of its half of the context"
+    assert asked[-1].sot_index == 224
+    assert asked[-1].most_tokens == 448 + 1 - 227, "no more than the context holds"
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
         ({"language": "xx"}, "xx"),
-        ({"beam_size": 5}, "beam_size"),
-        ({"hotwords": "a"}, "hotwords"),
+        ({"patience": 2.0}, "beam_size"),
+        ({"beam_size": 1, "patience": 0.4}, "candidate"),
+        ({"best_of": 0}, "best_of"),
+        ({"hotwords": "Lingen " * 60}, "hotwords"),
         ({"chunk_length_s": 31}, "31"),
         ({"clip_timestamps": (1.0,)}, "clip_timestamps"),
         ({"algorithm": "sequential", "hallucination_silence_threshold": 1.0}, "word"),
