@@ -16,12 +16,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 from rich.console import Console
@@ -36,12 +36,14 @@ from pipeline.errors import ConfigError, MurmurError, OutputError
 from pipeline.finalize import Success, finalize
 from pipeline.lease import Lease
 from pipeline.ledger import Ledger
+from pipeline.machine import has_bfloat16
 from pipeline.manifest import read_inputs
 from pipeline.output import Output, open_output, read_output, refuse_mismatch, write_inputs
 from pipeline.pools import Node, Pools, size_pools
 from pipeline.report import Standing, Summary, Work, exit_code, number_of, progress
 
 log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 MAX_CALLS = 200  # blocks after which a decode worker is replaced, whatever a codec has leaked by then
 RECORDINGS_PER_SHARD = 20_000
@@ -174,17 +176,22 @@ def identify(config: Config) -> tuple[str, str | None]:
 
 
 def resolve_dtype(uri: str, config: Config, cluster: Cluster) -> str:
-    """The dtype of all engines of this output. `auto` is what an output was begun with; in a new one it is half
-    precision where engines get GPUs (which only the cluster can tell), else float32."""
+    """The dtype of all engines of this output: one, or equal audio would not give equal text.
+
+    `auto` is what an output was begun with; in a new one it is float16 where engines get GPUs, bfloat16 where all
+    nodes' processors are made for it, else float32. Only the cluster can tell.
+    """
     if config.dtype != "auto":
         return config.dtype
     try:
         return str(read_output(uri).run.keys["dtype"])
     except (OutputError, KeyError):
         pass
-    if config.engine == "fake" or config.device == "cpu":
+    if config.engine == "fake":
         return "float32"
-    return "float16" if size_pools(cluster.nodes(), config).engine_gpus else "float32"
+    if config.device != "cpu" and size_pools(cluster.nodes(), config).engine_gpus:
+        return "float16"
+    return "bfloat16" if all(cluster.ask_nodes(has_bfloat16)) else "float32"
 
 
 def estimate(inputs: Sequence[str], output_uri: str, config: Config) -> todo.Estimate:
@@ -234,6 +241,19 @@ class Cluster:
         self._connect()
         alive = (node["Resources"] for node in ray.nodes() if node["Alive"])
         return [Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in alive]
+
+    def ask_nodes(self, question: Callable[[], _T]) -> list[_T]:
+        """The answer of every node that has CPUs."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        self._connect()
+        ids = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+        there = (NodeAffinitySchedulingStrategy(node_id=id, soft=False) for id in ids)
+        answers: list[_T] = ray.get(
+            [ray.remote(question).options(num_cpus=0, scheduling_strategy=where).remote() for where in there]
+        )
+        return answers
 
     def _connect(self) -> None:
         if self.is_connected:

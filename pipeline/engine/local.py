@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import ctypes
 import hashlib
 import logging
 import os
 import queue
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
@@ -25,17 +27,18 @@ from pipeline.engine import EngineConfig, EngineInfo, options_for
 from pipeline.engine.checkpoint import resolve_model, revision_of
 from pipeline.engine.decoding import Span, Window, walk
 from pipeline.engine.features import HOP, N_SAMPLES, LogMel
-from pipeline.engine.layers import has_bfloat16
 from pipeline.engine.model import WhisperModel
 from pipeline.engine.scheduler import Scheduler, Task
 from pipeline.engine.tokens import Tokenizer, check_options
 from pipeline.errors import ConfigError, EngineError, ModelError, MurmurError, failure_of
+from pipeline.machine import has_bfloat16
 from pipeline.stitch import failed_unit, stitch_unit
 from pipeline.types import DecodeOptions, Hypothesis, Pcm, Unit, UnitResult
 from pipeline.windows import language_slice, plan
 
 log = logging.getLogger(__name__)
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -63,6 +66,8 @@ class LocalEngine:
         device, dtype = _device(config.device), config.dtype
         if dtype == "auto":
             dtype = half_of(device.type) or "float32"
+        if device.type == "cpu":
+            _keep_memory()
         model = WhisperModel(folder, device, _DTYPES[dtype])
         tokenizer = Tokenizer.load(folder, model.dims.n_vocab)
         lanes = config.lanes or _lanes_that_fit(model)
@@ -300,6 +305,15 @@ def _lanes_that_fit(model: WhisperModel) -> int:
     else:
         free, most, part = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 16, 0.25
     return max(1, min(most, int(free * part) // model.lane_bytes()))
+
+
+def _keep_memory() -> None:
+    """Tells glibc to keep what tensors give back: asking for it again took 5-10 % of the encoder's time."""
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:  # musl has none
+            mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # as high as it goes
+            mallopt(_M_TRIM_THRESHOLD, 512 << 20)
 
 
 def _hand_over(finished: queue.SimpleQueue[_UnitJob], job: _UnitJob, _: Future[UnitResult]) -> None:

@@ -105,7 +105,7 @@ class Lanes:
 
 
 class WhisperModel:
-    """Weights on one device, and the four things the engine does with them."""
+    """Weights on one device, and what the engine does with them."""
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
         config = read_json(folder, "config.json")
@@ -176,7 +176,7 @@ class WhisperModel:
         x = F.embedding(tokens, self._embedding) + self._text_positions[:p]
         for i, block in enumerate(self._decoder):
             x, (k, v) = self._self_attend(block, x)
-            x, (cross_k, cross_v), _ = self._look(block, x, hidden)
+            x, (cross_k, cross_v) = self._hear(block, x, hidden)
             for j, lane in enumerate(rows):  # one copy each: writing all by an index took 20 times as long
                 lanes.self_k[i, lane, :, :p], lanes.self_v[i, lane, :, :p] = k[j], v[j]
                 lanes.cross_k[i, lane], lanes.cross_v[i, lane] = cross_k[j], cross_v[j]
@@ -208,22 +208,40 @@ class WhisperModel:
         return self._logits(x)[:, 0]
 
     @torch.inference_mode()
-    def forward(self, hidden: Tensor, tokens: Tensor, with_alignment: bool = False) -> tuple[Tensor, Tensor | None]:
-        """A teacher-forced pass without lanes: `tokens` [b, p] on `hidden` [b, t, d].
+    def align(self, lanes: Lanes, rows: Sequence[int], tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """A teacher-forced pass: texts `tokens` [b, p] on the audio that lanes `rows` hold; their own text stays.
 
-        Returns float32 logits [b, p, vocab] and, if asked, the alignment heads' raw attention scores
-        [b, heads, p, t] before the softmax.
+        Returns logits [b, p, vocab] and the alignment heads' float32 attention scores [b, heads, p, n_audio_ctx]
+        before the softmax.
         """
         x = F.embedding(tokens, self._embedding) + self._text_positions[: tokens.shape[1]]
         found: dict[tuple[int, int], Tensor] = {}
+        one = slice(rows[0], rows[0] + 1) if len(rows) == 1 else list(rows)  # a single lane is not copied
         for i, block in enumerate(self._decoder):
             x, _ = self._self_attend(block, x)
-            x, _, scores = self._look(block, x, hidden)
+            assert block.cross is not None
+            x, scores = block.cross.attend(x, lanes.cross_k[i, one], lanes.cross_v[i, one])
             x = block.mlp(x)
-            if with_alignment:
-                found |= {(i, h): scores[:, h].float() for layer, h in self.alignment_heads if layer == i}
-        alignment = torch.stack([found[key] for key in self.alignment_heads], dim=1) if with_alignment else None
-        return self._logits(x), alignment
+            found |= {(i, h): scores[:, h].float() for layer, h in self.alignment_heads if layer == i}
+        return self._vocabulary(self._decoder_norm(x)), torch.stack([found[key] for key in self.alignment_heads], dim=1)
+
+    @torch.inference_mode()
+    def listen(self, lanes: Lanes, lane: int, hidden: Tensor) -> None:
+        """Puts a window's `hidden` [t, d] into a lane that has no text yet."""
+        for i, block in enumerate(self._decoder):
+            assert block.cross is not None
+            (keys,), (values,) = block.cross.keys_and_values(hidden[None])
+            lanes.cross_k[i, lane], lanes.cross_v[i, lane] = keys, values
+
+    @torch.inference_mode()
+    def first_logits(self, hidden: Tensor, token: int) -> Tensor:
+        """Float32 logits [b, vocab] after the single `token`, on `hidden` [b, t, d], without lanes."""
+        x = self._embedding[token].expand(hidden.shape[0], 1, -1) + self._text_positions[:1]
+        for block in self._decoder:
+            x, _ = self._self_attend(block, x)
+            x, _ = self._hear(block, x, hidden)
+            x = block.mlp(x)
+        return self._logits(x)[:, 0]
 
     def _self_attend(self, block: Block, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """x [b, p, d] with what earlier positions say added, and the keys and values of all."""
@@ -231,12 +249,11 @@ class WhisperModel:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return block.attn_out.added_to(x, merge_heads(y)), (k, v)
 
-    def _look(self, block: Block, x: Tensor, hidden: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
-        """x [b, p, d] with what the audio says added, the audio's keys and values, and the scores."""
+    def _hear(self, block: Block, x: Tensor, hidden: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """x [b, p, d] with what the audio says added, and the audio's keys and values."""
         assert block.cross is not None
         keys_and_values = block.cross.keys_and_values(hidden)
-        x, scores = block.cross.attend(x, *keys_and_values)
-        return x, keys_and_values, scores
+        return block.cross.attend(x, *keys_and_values)[0], keys_and_values
 
     def _logits(self, x: Tensor) -> Tensor:
         return self._vocabulary(self._decoder_norm(x)).float()

@@ -32,7 +32,6 @@ from pipeline.errors import EngineError
 log = logging.getLogger(__name__)
 
 WINDOW_BATCH = 4  # windows encoded together, a little ahead of the lanes; or aligned, or asked for their language
-ALIGN_PATIENCE = 16  # steps that a smaller batch waits for company while lanes are busy
 LANGUAGES_REMEMBERED = 4096  # detections, by name of their audio: all Units of a recording ask the same
 LENGTH_STEP = 64  # self-attention is bounded by a multiple of this, so that shapes repeat
 
@@ -61,6 +60,7 @@ class _Ask:
     task: Task
     request: Request
     answers: list[Decoded] = field(default_factory=list)
+    heard: _Candidate | None = None  # an `Align`: who still sits in a lane with its window
 
 
 @dataclass(slots=True, eq=False)
@@ -87,7 +87,7 @@ class Scheduler:
         self._decodes: FairQueue[_Candidate] = FairQueue(self._held)
         self._detects: deque[_Ask] = deque()
         self._aligns: deque[_Ask] = deque()
-        self._aligns_waited = 0  # steps
+        self._ending: _Candidate | None = None  # whose text is being handed in
         self._tasks: set[Task] = set()
         self._languages: OrderedDict[bytes, tuple[str, float]] = OrderedDict()
         self._window_batch = WINDOW_BATCH
@@ -145,6 +145,7 @@ class Scheduler:
         try:
             self._encode_ahead()
             self._answer_detects()
+            self._answer_aligns()  # those that lost their lane come before those who want one
             self._fill_lanes()
             self._decode_token()
             self._answer_aligns()
@@ -182,7 +183,9 @@ class Scheduler:
                     self._detects.append(ask)
                 else:
                     self._advance(ask.task, known)
-            case Align():
+            case Align() as align:
+                if self._ending is not None and self._ending.decode.window is align.window:
+                    ask.heard = self._ending
                 self._aligns.append(ask)
 
     # -- memory ----------------------------------------------------------------------------------------------
@@ -194,6 +197,10 @@ class Scheduler:
         """
         if self.n_lanes == 1 and self._window_batch == 1:
             return False
+        for ask in self._aligns:
+            if ask.heard is not None:
+                self._free(ask.heard)
+                ask.heard = None
         for candidate in reversed(self._live()):
             self._free(candidate)
             candidate.beam = None
@@ -240,11 +247,10 @@ class Scheduler:
         windows = list(islice(dict.fromkeys(encoded), self._window_batch))  # all spans of a Unit ask about one
         if not windows:
             return
-        sot = torch.full((len(windows), 1), self._tokenizer.sot, device=self._model.device)
-        logits, _ = self._model.forward(_stack(windows), sot)
+        logits = self._model.first_logits(_stack(windows), self._tokenizer.sot)
         codes = list(self._tokenizer.languages)
         ids = torch.tensor(list(self._tokenizer.languages.values()), device=logits.device)
-        best = logits[:, 0, ids].softmax(-1).max(-1)
+        best = logits[:, ids].softmax(-1).max(-1)
         found = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         answers = {window: (codes[i], value) for window, (i, value) in zip(windows, found, strict=True)}
         ready = [ask for ask in self._detects if ask.request.window in answers]
@@ -391,13 +397,19 @@ class Scheduler:
         return torch.tensor(values, device=self._model.device)
 
     def _end(self, candidate: _Candidate) -> None:
-        """Frees the lanes and hands in what was found; the task's next wish may be in line when this returns."""
+        """Hands in what was found and frees the lanes, one of them only after the words in it are timed.
+
+        The task's next wish is in line when this returns.
+        """
         found = candidate.beam.answers() if candidate.beam else [self._sampler.found(candidate.lanes[0])]
-        self._free(candidate)
         ask = candidate.ask
         ask.answers += [Decoded(tokens, total, candidate.no_speech_prob) for tokens, total in found]
         if candidate.beam is not None or len(ask.answers) == len(candidate.decode.seeds):
+            self._ending = candidate
             self._advance(ask.task, ask.answers)
+            self._ending = None
+        if not (self._aligns and self._aligns[-1].heard is candidate):
+            self._free(candidate)
 
     def _close_gaps(self) -> None:
         """With nobody waiting, moves the last live lanes into free ones before them: a shorter batch from here on."""
@@ -415,24 +427,29 @@ class Scheduler:
     # -- words -----------------------------------------------------------------------------------------------
 
     def _answer_aligns(self) -> None:
-        """Times words in batches; a small batch waits a few steps while lanes are busy and more may come."""
-        if not self._aligns:
-            return
-        self._aligns_waited += 1
-        busy = any(lane is not None for lane in self._lanes)
-        if busy and len(self._aligns) < self._window_batch and self._aligns_waited < ALIGN_PATIENCE:
-            return
-        self._aligns_waited = 0
-        batch = list(islice(self._aligns, self._window_batch))
-        timings = self._align([ask.request for ask in batch])  # type: ignore[misc]
-        for _ in batch:
-            self._aligns.popleft()
-        for ask, words in zip(batch, timings, strict=True):
-            self._advance(ask.task, words)
+        """Times the words of windows whose decoding has just ended: their lanes still hold what the decoder hears.
 
-    def _align(self, aligns: list[Align]) -> list[list[WordTiming]]:
+        One whose lane was taken away, when memory ran out, is put into a free one, or waits for it.
+        """
+        free = iter([i for i, lane in enumerate(self._lanes) if lane is None])
+        lanes = {ask: ask.heard.lanes[0] if ask.heard is not None else next(free, None) for ask in self._aligns}
+        ready = deque((ask, lane) for ask, lane in lanes.items() if lane is not None)
+        while ready:
+            batch = [ready.popleft() for _ in range(min(self._window_batch, len(ready)))]
+            timings = self._align(batch)
+            for (ask, _), words in zip(batch, timings, strict=True):
+                self._aligns.remove(ask)
+                if ask.heard is not None:
+                    self._free(ask.heard)
+                self._advance(ask.task, words)
+
+    def _align(self, asks: list[tuple[_Ask, int]]) -> list[list[WordTiming]]:
         """One teacher-forced pass over the windows' texts without timestamps, then each window's own path."""
         tokenizer = self._tokenizer
+        for ask, lane in asks:
+            if ask.heard is None:
+                self._model.listen(self._caches, lane, _stack([ask.request.window])[0])
+        aligns = [ask.request for ask, _ in asks if isinstance(ask.request, Align)]
         sots = [tokenizer.sot_sequence(align.language, align.task) for align in aligns]
         rows = [
             [*sot, tokenizer.no_timestamps, *align.text_tokens, tokenizer.eot]
@@ -441,9 +458,7 @@ class Scheduler:
         tokens = torch.full((len(rows), max(map(len, rows))), tokenizer.eot)
         for i, row in enumerate(rows):
             tokens[i, : len(row)] = torch.tensor(row)
-        hidden = _stack([align.window for align in aligns])
-        logits, scores = self._model.forward(hidden, tokens.to(self._model.device), with_alignment=True)
-        assert scores is not None
+        logits, scores = self._model.align(self._caches, [lane for _, lane in asks], tokens.to(self._model.device))
         costs, likely = [], []
         for i, (align, sot, row) in enumerate(zip(aligns, sots, rows, strict=True)):
             costs.append(attention_cost(scores[i, :, : len(row)], align.window.n_frames, len(sot)))
@@ -456,7 +471,7 @@ class Scheduler:
     def _probabilities(self, logits: Tensor, text_tokens: tuple[int, ...]) -> NDArray[np.float64]:
         """How likely each text token was among all text tokens, [n]; `logits` begin where the first was predicted."""
         text = torch.tensor(text_tokens, device=logits.device)
-        logits = logits[: len(text), : self._tokenizer.eot]
+        logits = logits[: len(text), : self._tokenizer.eot].float()
         return (logits.gather(1, text[:, None])[:, 0] - logits.logsumexp(-1)).exp().double().cpu().numpy()
 
 

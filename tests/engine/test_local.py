@@ -19,6 +19,7 @@ from pipeline.engine import EngineConfig, load_engine
 from pipeline.engine.decoding import Align, Span, Walk, Window, walk
 from pipeline.engine.local import LocalEngine
 from pipeline.engine.model import WhisperModel
+from pipeline.engine.scheduler import Task, _Ask
 from pipeline.errors import ConfigError, EngineError, ModelError
 from pipeline.types import DecodeOptions, Hypothesis, Recording, Unit, UnitResult
 from pipeline.vad import detect
@@ -146,18 +147,18 @@ def test_a_device_error_ends_what_is_in_flight_and_nothing_else(
     assert fine.failure is None
 
 
-@pytest.mark.parametrize("where", ["encode", "prefill", "step", "forward"])
+@pytest.mark.parametrize("where", ["encode", "prefill", "step", "align", "first_logits"])
 def test_out_of_memory_halves_the_lanes_and_loses_nothing(
     clips: list[Clip], monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    """The device refuses a batch of more than two, wherever that is noticed."""
+    """The device refuses the first batch, and any of more than two, wherever that is noticed."""
     options = dataclasses.replace(PLAIN, word_timestamps=True)
     true = getattr(WhisperModel, where)
     refused = []
 
     def small(self: WhisperModel, *given: Any, **more: Any) -> Any:
-        size = len(given[1]) if where in ("prefill", "step") else len(given[0])
-        if size > 2:
+        size = len(given[1]) if where in ("prefill", "step", "align") else len(given[0])
+        if size > 2 or not refused:
             refused.append(size)
             raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
         return true(self, *given, **more)
@@ -221,7 +222,10 @@ def test_words_of_one_frame(engine: LocalEngine) -> None:
     """A window of 10 ms has half an encoder position; whatever text a model gives it, timing it is no error."""
     window = Window(Span(np.zeros(160, np.int16)), 0, 1)
     window.hidden = torch.zeros(1500, 192)
-    (timings,) = engine._scheduler._align([Align(window, (1000, 1001), "en", "transcribe")])
+    ask = _Ask(
+        Task(walk(window.span, PLAIN, engine._tokenizer), print), Align(window, (1000, 1001), "en", "transcribe")
+    )
+    (timings,) = engine._scheduler._align([(ask, 0)])
     assert all(t.start == t.end == 0.0 for t in timings)
 
 

@@ -1,0 +1,74 @@
+"""What machine this is: processor, cores, what it is good at, versions and commit, as plain JSON where figures go.
+
+Knows nothing of what is measured or run on it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "torch", "transformers", "ray", "numpy", "av", "onnxruntime", "openai-whisper", "faster-whisper", "ctranslate2",
+)  # fmt: skip
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+def machine() -> dict[str, Any]:
+    """What a result file must say of its origin."""
+    return {
+        "processor": _processor(),
+        "cores": usable_cores(),
+        "python": platform.python_version(),
+        "versions": {name: version for name in PACKAGES if (version := _version(name)) is not None},
+        **_commit(),
+    }
+
+
+def usable_cores() -> int:
+    """The processors this process may run on: in a container fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def has_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 faster than float32: AMX or AVX512-BF16. Only Linux says."""
+    return not {"amx_bf16", "avx512_bf16"}.isdisjoint(_cpuinfo("flags").split())
+
+
+def _processor() -> str:
+    return _cpuinfo("model name") or platform.machine()
+
+
+def _cpuinfo(field: str) -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), "")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> dict[str, Any]:
+    """The checkout's commit, and whether code that is in no commit was measured; nothing for an installed package."""
+    if not (_ROOT / ".git").exists():  # a package inside somebody else's checkout has a parent's commit, not its own
+        return {"commit": None}
+    changed = _git("status", "--porcelain", "--", "pipeline", "serve_app")
+    return {"commit": _git("rev-parse", "HEAD") or None, "uncommitted_changes": bool(changed)}
+
+
+def _git(*arguments: str) -> str:
+    try:
+        run = subprocess.run(["git", *arguments], cwd=_ROOT, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return run.stdout.strip()
