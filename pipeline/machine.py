@@ -36,7 +36,11 @@ def usable_cores() -> int:
 
 def has_bfloat16() -> bool:
     """Whether this processor multiplies bfloat16 faster than float32: AMX or AVX512-BF16. Only Linux says."""
-    return not {"amx_bf16", "avx512_bf16"}.isdisjoint(_cpuinfo("flags").split())
+    return has_amx() or "avx512_bf16" in _cpuinfo("flags").split()
+
+
+def has_amx() -> bool:
+    return "amx_bf16" in _cpuinfo("flags").split()
 
 
 def _processor() -> str:

@@ -216,7 +216,8 @@ class History:
     """The tokens of earlier windows, and which of them the next window is prompted with.
 
     As in the reference the initial prompt is the oldest history and scrolls out. `windows` carries no history, so
-    there it stands before the recording's first window only, or before all with `carry_initial_prompt`. Hotwords,
+    there it stands before the recording's first window only, or before all with `carry_initial_prompt`. A blank one is
+    none (the reference prompts with a space then). Hotwords,
     which the reference does not have, stand before every window's prompt and take their room from the history.
     """
 
@@ -255,9 +256,9 @@ def _clips(clip_timestamps: Sequence[float], content_frames: int) -> list[tuple[
 
 
 def _opening(window: Window) -> Window:
-    """The span's first 30 s, where the reference detects the language whatever the clips are."""
-    n_frames = min(N_FRAMES, window.span.content_frames)
-    return window if (window.seek, window.n_frames) == (0, n_frames) else Window(window.span, 0, n_frames)
+    """The span's first 30 s, where the reference detects the language whatever the clips are; behind a shorter span
+    lies the silence that it appends there, not the zeros that fill up the last window."""
+    return window if (window.seek, window.n_frames) == (0, N_FRAMES) else Window(window.span, 0, N_FRAMES)
 
 
 def _decode_with_fallback(
@@ -315,8 +316,9 @@ def compression_ratio(text: str) -> float:
 
 
 def _repetition(decoded: Decoded, tokenizer: Tokenizer) -> float:
-    """The compression ratio of a window's text, as the reference takes it: all of it, stripped."""
-    return compression_ratio(tokenizer.decode(decoded.tokens).strip())
+    """The compression ratio of a window's text, as the reference takes it: all of it, stripped, a language token that
+    was sampled by its name."""
+    return compression_ratio(tokenizer.decode_with_names(decoded.tokens).strip())
 
 
 def _needs_fallback(decoded: Decoded, options: DecodeOptions, tokenizer: Tokenizer) -> bool:
@@ -620,13 +622,12 @@ class Sampler:
 
     def record(self, chosen: Tensor, rows: slice | Tensor) -> None:
         """Tokens [n] are the next ones of lanes `rows`."""
-        count, lanes = self.count[rows], self._lanes(rows)
-        self.tokens[lanes, count] = chosen
+        self.tokens[self._lanes(rows), self.count[rows]] = chosen
         self._before_last[rows] = self.last[rows]
         self.last[rows] = chosen
         self._last_time[rows] = torch.where(chosen >= self._begin, chosen, self._last_time[rows])
-        self.count[rows] = count + 1
-        self.ended[rows] = (chosen == self._eot) | (count + 1 >= self._most[rows])
+        self.count[rows] += 1
+        self.ended[rows] = (chosen == self._eot) | (self.count[rows] >= self._most[rows])
 
     def _lanes(self, rows: slice | Tensor) -> Tensor:
         return rows if isinstance(rows, Tensor) else torch.arange(rows.start, rows.stop, device=self.last.device)

@@ -19,7 +19,16 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.engine.checkpoint import read_json, weight_files
-from pipeline.engine.layers import Block, Convolution, Cross, Linear, Norm, keys_lie_by_rows, merge_heads, split_heads
+from pipeline.engine.layers import (
+    Block,
+    Convolution,
+    Cross,
+    Linear,
+    Norm,
+    cross_attention_is_fused,
+    merge_heads,
+    split_heads,
+)
 from pipeline.errors import ModelError
 
 log = logging.getLogger(__name__)
@@ -84,8 +93,8 @@ class Lanes:
 
     self_k: Tensor  # [layers, lanes, heads, n_text_ctx, head]
     self_v: Tensor
-    cross_k: Tensor  # [layers, lanes, heads, head, n_audio_ctx]; the memory of both lies as `layers.Cross` likes it
-    cross_v: Tensor  # [layers, lanes, heads, n_audio_ctx, head]
+    cross_k: Tensor  # [layers, lanes, heads, n_audio_ctx, head]; in memory as `layers.Cross` likes it
+    cross_v: Tensor
 
     @property
     def count(self) -> int:
@@ -152,13 +161,12 @@ class WhisperModel:
         def empty(*shape: int) -> Tensor:
             return torch.zeros(dims.n_text_layer, lanes, heads, *shape, device=self.device, dtype=self.dtype)
 
-        by_rows = keys_lie_by_rows(self.dtype, self.device)
-        return Lanes(
-            self_k=empty(dims.n_text_ctx, head),
-            self_v=empty(dims.n_text_ctx, head),
-            cross_k=empty(dims.n_audio_ctx, head).mT if by_rows else empty(head, dims.n_audio_ctx),
-            cross_v=empty(head, dims.n_audio_ctx).mT,
-        )
+        def heard() -> Tensor:
+            fused = cross_attention_is_fused(self.dtype, self.device)
+            return empty(dims.n_audio_ctx, head) if fused else empty(head, dims.n_audio_ctx).mT
+
+        text = dims.n_text_ctx, head
+        return Lanes(self_k=empty(*text), self_v=empty(*text), cross_k=heard(), cross_v=heard())
 
     def lane_bytes(self) -> int:
         """Memory of one lane's caches."""
@@ -203,7 +211,7 @@ class WhisperModel:
             y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
             x = block.attn_out.added_to(x, merge_heads(y))
             assert block.cross is not None
-            x, _ = block.cross.attend(x, lanes.cross_k[i, :n], lanes.cross_v[i, :n])
+            x = block.cross.attend(x, lanes.cross_k[i, :n], lanes.cross_v[i, :n])
             x = block.mlp(x)
         return self._logits(x)[:, 0]
 
@@ -220,9 +228,13 @@ class WhisperModel:
         for i, block in enumerate(self._decoder):
             x, _ = self._self_attend(block, x)
             assert block.cross is not None
-            x, scores = block.cross.attend(x, lanes.cross_k[i, one], lanes.cross_v[i, one])
+            keys, values, heads = lanes.cross_k[i, one], lanes.cross_v[i, one], self._alignment_heads_of(i)
+            if heads:
+                x, scores = block.cross.attend_openly(x, keys, values)
+                found |= {(i, head): scores[:, head].float() for head in heads}
+            else:
+                x = block.cross.attend(x, keys, values)
             x = block.mlp(x)
-            found |= {(i, h): scores[:, h].float() for layer, h in self.alignment_heads if layer == i}
         return self._vocabulary(self._decoder_norm(x)), torch.stack([found[key] for key in self.alignment_heads], dim=1)
 
     @torch.inference_mode()
@@ -253,7 +265,10 @@ class WhisperModel:
         """x [b, p, d] with what the audio says added, and the audio's keys and values."""
         assert block.cross is not None
         keys_and_values = block.cross.keys_and_values(hidden)
-        return block.cross.attend(x, *keys_and_values)[0], keys_and_values
+        return block.cross.attend(x, *keys_and_values), keys_and_values
+
+    def _alignment_heads_of(self, layer: int) -> list[int]:
+        return [head for of, head in self.alignment_heads if of == layer]
 
     def _logits(self, x: Tensor) -> Tensor:
         return self._vocabulary(self._decoder_norm(x)).float()

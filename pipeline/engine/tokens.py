@@ -108,6 +108,10 @@ class Tokenizer:
         """The text of the text tokens; special tokens and times have none. Broken UTF-8 becomes U+FFFD."""
         return b"".join(self._bytes[t] for t in tokens if t < self.eot).decode("utf-8", errors="replace")
 
+    def decode_with_names(self, tokens: Iterable[int]) -> str:
+        """As `decode`, but special tokens that are no times by their names."""
+        return self._decode_all(t for t in tokens if t < self.timestamp_begin)
+
     @cached_property
     def non_speech_tokens(self) -> tuple[int, ...]:
         banned = {self.encode(" -")[0], self.encode(" '")[0]}
@@ -118,7 +122,12 @@ class Tokenizer:
         return tuple(sorted(banned))
 
     def suppressed(self, suppress_tokens: Sequence[int]) -> list[int]:
-        """The ids a request may never sample; -1 in the request stands for the non-speech symbols."""
+        """The ids a request may never sample; -1 in the request stands for the non-speech symbols.
+
+        An empty list bans nothing at all, the markers of a transcript's structure neither: the reference's quirk.
+        """
+        if not suppress_tokens:
+            return []
         asked = {t for t in suppress_tokens if t >= 0}
         if -1 in suppress_tokens:
             asked.update(self.non_speech_tokens)
