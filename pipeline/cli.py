@@ -227,6 +227,7 @@ def _print_transcripts(
     recordings = list(read_inputs(inputs))
     objects, code = [], EXIT_OK
     with load_engine(engine_config(config)) as engine:
+        _say(f"engine: {engine.info}")
         for transcript in _transcripts(recordings, engine, config):
             failure = dataclasses.asdict(transcript.failure) if transcript.failure else None
             status = {"id": transcript.recording.id, "status": transcript.status, "failure": failure}

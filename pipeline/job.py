@@ -78,7 +78,7 @@ def transcribe(
 ) -> Work:
     """Run `items` through the dataflow, showing how far it is."""
     pools = size_pools(cluster.nodes(), config)
-    console.print(f"{number_of(len(items))} to do: {pools.describe()}")
+    console.print(f"{number_of(len(items))} to do: {pools.describe()}, in {output.run.keys['dtype']}")
     blocks = list(todo.blocks(todo.in_order(items), pools.decode_tasks))
     standing = Standing(output, [todo.from_json(item.recording).id for item in items], round)
     began = time.monotonic()

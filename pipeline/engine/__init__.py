@@ -38,7 +38,12 @@ class EngineInfo:
     device: str
     dtype: str
     lanes: int  # at the start; out of memory halves them
+    lane_bytes: int  # what one of them takes
     languages: tuple[str, ...]  # codes the model can be asked for; empty: English only
+
+    def __str__(self) -> str:
+        lanes = f"{self.lanes} lane{'s' * (self.lanes != 1)} of {self.lane_bytes / 1e6:.0f} MB"
+        return f"{self.model} in {self.dtype} on {self.device}, {lanes}"
 
 
 class Engine(Protocol):

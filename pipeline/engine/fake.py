@@ -118,6 +118,7 @@ class FakeEngine:
             device="cpu",
             dtype="float32",
             lanes=config.lanes or 8,
+            lane_bytes=0,
             languages=("en", "de", "es"),
         )
 

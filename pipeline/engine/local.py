@@ -70,18 +70,16 @@ class LocalEngine:
             _keep_memory()
         model = WhisperModel(folder, device, _DTYPES[dtype])
         tokenizer = Tokenizer.load(folder, model.dims.n_vocab)
-        lanes = config.lanes or _lanes_that_fit(model)
-        log.info(
-            "engine: %s, %s on %s, %d lanes of %.0f MB", config.model, dtype, device, lanes, model.lane_bytes() / 1e6
-        )
         info = EngineInfo(
             model=config.model,
             revision=revision_of(folder, config.revision),
             device=str(device),
             dtype=dtype,
-            lanes=lanes,
+            lanes=config.lanes or _lanes_that_fit(model),
+            lane_bytes=model.lane_bytes(),
             languages=tuple(tokenizer.languages),
         )
+        log.info("engine: %s", info)
         return cls(model, tokenizer, info)
 
     # -- faces -----------------------------------------------------------------------------------------------
