@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import takewhile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +38,8 @@ MARGIN = 3 * SAMPLE_RATE // 10  # a segment covers speech this close to it: time
 EMPTY = 8  # 0.26 s, a short word
 SPOKEN = 31  # 1.0 s
 APART = 31  # 1.0 s
+UNPLACED_S = 0.05  # seconds: no word is that short
+CHARACTERS_PER_S = 12  # of slow speech
 
 
 def stitch_unit(unit: Unit, plan: Plan, hypotheses: Sequence[Hypothesis]) -> UnitResult:
@@ -174,13 +177,23 @@ def _with_coverage(result: UnitResult, speech: Frames, empty: Sequence[Range]) -
 
 
 def _covered(segments: Sequence[Segment], unit_start: int, n_frames: int) -> NDArray[np.bool_]:
-    """[n_frames] the frames that a segment, widened by MARGIN, touches."""
+    """[n_frames] the frames that a segment, widened by MARGIN and by its unplaced words, touches."""
     covered = np.zeros(n_frames, np.bool_)
     for segment in segments:
-        start = round(segment.start * SAMPLE_RATE) - unit_start - MARGIN
-        stop = round(segment.end * SAMPLE_RATE) - unit_start + MARGIN
+        before, after = _unplaced(segment.words), _unplaced(segment.words[::-1])
+        start = round((segment.start - before) * SAMPLE_RATE) - unit_start - MARGIN
+        stop = round((segment.end + after) * SAMPLE_RATE) - unit_start + MARGIN
         covered[max(0, start // VAD_FRAME) : max(0, -(-stop // VAD_FRAME))] = True
     return covered
+
+
+def _unplaced(words: Sequence[Word]) -> float:
+    """Seconds that the first of `words` took to say, if they were given next to no time.
+
+    An alignment that loses its way puts the rest of a sentence at one point, and its end pulls the segment's there.
+    """
+    lost = takewhile(lambda word: word.end - word.start < UNPLACED_S, words)
+    return sum(len(word.word) for word in lost) / CHARACTERS_PER_S
 
 
 def _longest(uncovered: NDArray[np.bool_]) -> int:

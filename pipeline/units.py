@@ -16,7 +16,7 @@ import numpy as np
 from pipeline.config import Config
 from pipeline.errors import AudioError, DamagedAudioError, failure_of
 from pipeline.types import SAMPLE_RATE, VAD_FRAME, Algorithm, Pcm, Recording, Unit, UnitResult
-from pipeline.vad import MAYBE_SPEECH, Frames, SileroVad
+from pipeline.vad import MAYBE_SPEECH, Frames, SileroVad, believed
 from pipeline.windows import SILENCE, energy, language_slice, lowest, pauses
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ class _Pending:
         self._blocks = [audio[at:].copy()]
         self._n_samples = len(self._blocks[0])
         speech, self._speech = self._speech[:frame].copy(), self._speech[frame:]
-        return audio[:at].copy(), speech if self._vad is not None else None
+        return audio[:at].copy(), believed(speech) if self._vad is not None else None
 
     def _joined(self) -> Pcm:
         if len(self._blocks) != 1:

@@ -21,15 +21,12 @@ This module knows samples and frames; what to do with speech is for `units`, `wi
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import ConfigError
+from pipeline.silero import fresh_state, probabilities
 from pipeline.types import VAD_FRAME, Pcm
 
 Frames = NDArray[np.uint8]  # [n_frames] speech probability x 255
@@ -38,6 +35,11 @@ Frames = NDArray[np.uint8]  # [n_frames] speech probability x 255
 # what a transcript owes text for lies above the high one (0.5, Silero's own).
 MAYBE_SPEECH = 26
 SURE_SPEECH = 128
+
+# What sounds like speech for a moment only is none (`believed`). In frames.
+APART = 31  # 1.0 s
+SURE_FRAMES = 3
+LASTING, DENSE = 16, 0.6  # 0.5 s, most of it
 
 BLOCK_FRAMES = 1024  # 32.8 s: long enough to amortise a call (0.05 s), short enough not to hold much
 ROW_FRAMES = 32  # 1.02 s: the grain of the energy gate and of the gain
@@ -49,7 +51,6 @@ CLIPPED = 0.998  # rows that reach it are brought down to LEVEL: the network hea
 MAX_OFFSET = 1 / 256  # a block's mean beyond this is DC; speech itself has up to 0.001
 
 _BLOCK = BLOCK_FRAMES * VAD_FRAME
-_MODEL = "silero_vad_16k_sequence.onnx"
 
 
 class SileroVad:
@@ -63,7 +64,7 @@ class SileroVad:
         self._waiting: list[Pcm] = []
         self._n_waiting = 0
         self._context = np.zeros(CONTEXT, np.int16)
-        self._state = (np.zeros((1, 1, 128), np.float32), np.zeros((1, 1, 128), np.float32))
+        self._state = fresh_state()
 
     def push(self, pcm: Pcm) -> Frames:
         self._waiting.append(pcm)
@@ -89,10 +90,8 @@ class SileroVad:
         self._context = block[-CONTEXT:]
         found = np.zeros(len(live), np.uint8)
         if len(frames):
-            h, c = self._state
-            probability, h, c = _session().run(None, {"input": frames, "h": h, "c": c})
-            self._state = (h, c)
-            found[live] = np.rint(probability.reshape(-1) * 255)
+            probability, self._state = probabilities(frames, self._state)
+            found[live] = np.rint(probability * 255)
         return found
 
 
@@ -100,6 +99,24 @@ def detect(pcm: Pcm) -> Frames:
     """The numbers of a whole recording: `[ceil(n / VAD_FRAME)]`."""
     vad = SileroVad()
     return np.concatenate([vad.push(pcm), vad.finish()])
+
+
+def believed(speech: Frames) -> Frames:
+    """`speech` without what sounds like a voice for a moment only: tones and plucked strings do, here and there.
+
+    Frames at the low bar that lie no more than APART from one another belong together. They are speech if three of
+    them reach the high bar, or if it lasts: at least LASTING of them, close together. Others fall below the bar.
+    """
+    at = np.flatnonzero(speech >= MAYBE_SPEECH)
+    if not len(at):
+        return speech
+    first = np.flatnonzero(np.diff(at, prepend=at[0] - APART - 1) > APART)
+    n = np.diff(first, append=len(at))
+    n_sure = np.add.reduceat((speech[at] >= SURE_SPEECH).astype(np.intp), first)
+    lasts = (n >= LASTING) & (n > DENSE * (at[first + n - 1] - at[first] + 1))
+    result = speech.copy()
+    result[at[np.repeat((n_sure < SURE_FRAMES) & ~lasts, n)]] = MAYBE_SPEECH - 1
+    return result
 
 
 def prepare(block: Pcm, context: Pcm) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
@@ -130,24 +147,3 @@ def _row_levels(audio: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def _by_frame(rows: NDArray[Any], n_frames: int) -> NDArray[Any]:
     return np.repeat(rows, ROW_FRAMES)[:n_frames]
-
-
-@cache
-def _session() -> Any:
-    """One onnxruntime session a process, on one thread; `run` may be called from any thread."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # errors only: Silero's file makes it warn of unused initialisers
-    return onnxruntime.InferenceSession(str(_model_path()), options, providers=["CPUExecutionProvider"])
-
-
-def _model_path() -> Path:
-    """The file inside the `silero_vad` package, found without importing it: it would import torch."""
-    spec = find_spec("silero_vad")
-    path = Path(spec.origin).parent / "data" / _MODEL if spec is not None and spec.origin is not None else None
-    if path is None or not path.is_file():
-        raise ConfigError(f"vad: silero needs the package silero-vad with its {_MODEL} (6.2.2 or newer), or use none")
-    return path

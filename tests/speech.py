@@ -1,4 +1,5 @@
-"""Synthetic speech for tests: sentences of held-out voices with pauses between, and where each word lies."""
+"""Synthetic speech for tests: sentences of held-out voices with pauses between, and where each word lies; and what
+Silero's own loop says of it."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from pipeline.demo.train.lexicon import Language
 from pipeline.demo.train.sentences import draw_split
 from pipeline.demo.train.synth import ACCENTS, HELD_OUT_VOICES, Voice, speak
+from pipeline.silero import model_path
 from pipeline.types import SAMPLE_RATE, VAD_FRAME, Pcm, Range
 
 
@@ -53,3 +55,19 @@ def frames(drawing: str) -> NDArray[np.uint8]:
     return np.concatenate(
         [np.zeros(0, np.uint8), *(np.full(int(run[:-1]), level[run[-1]], np.uint8) for run in drawing.split())]
     )
+
+
+def frame_loop(pcm: Pcm) -> NDArray[np.uint8]:
+    """The plain streaming run of Silero's other packaged network: one frame a call, nothing before it."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    network = onnxruntime.InferenceSession(str(model_path().with_name("silero_vad.onnx")), options)
+    audio = np.pad(pcm, (64, -len(pcm) % VAD_FRAME)).astype(np.float32) / 32768
+    state, found = np.zeros((2, 1, 128), np.float32), []
+    for at in range(0, len(audio) - 64, VAD_FRAME):
+        chunk = audio[None, at : at + 64 + VAD_FRAME]
+        probability, state = network.run(None, {"input": chunk, "state": state, "sr": np.array(SAMPLE_RATE)})
+        found.append(probability.item())
+    return np.asarray(np.rint(np.array(found) * 255), np.uint8)

@@ -12,17 +12,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Bottom to top. A module may import from its own layer and from those above it in this list.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("pipeline.types", "pipeline.errors", "pipeline.config", "pipeline.signals"),
+    ("pipeline.types", "pipeline.errors", "pipeline.config", "pipeline.signals", "pipeline.machine"),
     ("pipeline.demo",),
     (
         "pipeline.manifest", "pipeline.audio", "pipeline.vad", "pipeline.units", "pipeline.windows",
         "pipeline.stitch", "pipeline.formats", "pipeline.scoring", "pipeline.schema", "pipeline.store",
-        "pipeline.pools", "pipeline.todo", "pipeline.output", "pipeline.ledger", "pipeline.lease",
+        "pipeline.pools", "pipeline.todo", "pipeline.output", "pipeline.ledger", "pipeline.lease", "pipeline.silero",
     ),
     ("pipeline.engine",),
     ("pipeline.transcribe", "pipeline.sink", "pipeline.finalize", "pipeline.report"),
     ("pipeline.stages",),
-    ("pipeline.job", "pipeline.submit"),
+    ("pipeline.job", "pipeline.submit", "pipeline.bench"),
     ("pipeline.cli",),
 )  # fmt: skip
 

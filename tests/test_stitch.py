@@ -170,6 +170,39 @@ def test_uncovered_speech(drawing: str, segments: list[tuple[float, float]], unc
     assert (UNCOVERED in result.flags) == flagged
 
 
+# 94 frames, 3 s, of sure speech; the segment ends after 1 s, where the alignment put the words it found no time for.
+@pytest.mark.parametrize(
+    ("lengths", "uncovered"),
+    [
+        ([0.5, 0.5], 53),  # none: 1.3 s are covered, to the end of that frame
+        ([0.5, 0.4, 0.06], 53),  # short, but it has been placed
+        ([0.5, 0.5, 0.0], 40),  # " word" takes 0.42 s
+        ([0.5, 0.5, 0.0, 0.04, 0.0], 14),
+        ([0.5, 0.5, 0.0, 0.0, 0.0, 0.0], 1),
+        ([0.5, 0.0, 0.0, 0.5], 53),  # inside the segment it makes no difference
+        ([], 53),
+    ],
+)
+def test_words_that_were_given_no_time_cover_the_speech_that_follows(lengths: list[float], uncovered: int) -> None:
+    def word(at: float, length: float) -> Word:
+        return Word(" word", at, at + length, 0.5)
+
+    starts = np.concatenate([[0.0], np.cumsum(lengths)])
+    words = tuple(word(min(float(at), 1.0), length) for at, length in zip(starts, lengths, strict=False))
+    unit = unit_of(speech=frames("94#"))
+    result = stitch_unit(unit, Plan((Range(0, unit.n_samples),), ()), [answer(said(0, 1, words=words))])
+    assert result.uncovered_speech == uncovered * VAD_FRAME
+    assert (UNCOVERED in result.flags) == (uncovered >= 31)
+    assert result.segments[0].end == 1.0, "times stay the engine's"
+
+
+def test_first_words_that_were_given_no_time_cover_the_speech_before() -> None:
+    words = (*(Word(" word", 2.0, 2.0, 0.5) for _ in range(4)), Word(" word", 2.0, 3.0, 0.5))
+    unit = unit_of(speech=frames("94#"))
+    result = stitch_unit(unit, Plan((Range(0, unit.n_samples),), ()), [answer(said(2, 3, words=words))])
+    assert result.uncovered_speech == 1 * VAD_FRAME
+
+
 @pytest.mark.parametrize(("n_samples", "speech"), [(1, 1), (VAD_FRAME + 1, VAD_FRAME + 1), (2 * VAD_FRAME, 1024)])
 def test_a_short_last_frame_counts_its_samples_only(n_samples: int, speech: int) -> None:
     unit = replace(unit_of(speech=frames("2#")[: -(-n_samples // VAD_FRAME)]), pcm=np.zeros(n_samples, np.int16))

@@ -202,7 +202,8 @@ def test_sequential_is_one_unit_up_to_its_own_limit_and_says_where_it_restarts()
         ("100# 800. 100#", 894, [None, (0, 894)]),  # clipped at the end of the unit where it begins
         ("1000. 800# 50. 900#", 931, [None, None, (62, 919)]),  # only units after that one carry it
         ("3000.", 931, [None, None, None, None]),  # nothing was speech
-        ("20. 5? 805. 100. 900#", 924, [None, (13, 924)]),  # doubtful speech only
+        ("20. 16? 794. 100. 900#", 924, [None, (13, 924)]),  # doubtful speech that lasts
+        ("20. 5? 805. 100. 900#", 924, [None, None]),  # doubtful for a moment: no speech
     ],
 )
 def test_later_units_carry_the_first_speech(
@@ -220,6 +221,12 @@ def test_later_units_carry_the_first_speech(
             first = next(u for u in units if u.speech is not None and (u.speech >= MAYBE_SPEECH).any())
             wanted = first.pcm[piece[0] * VAD_FRAME :][: 30 * SAMPLE_RATE]
             np.testing.assert_array_equal(unit.language_pcm, wanted)
+
+
+def test_a_moment_of_doubtful_speech_is_none() -> None:
+    (unit,) = cut([scripted("40. 5? 100. 2# 50. 100#")], Scripted())
+    assert unit.speech is not None
+    assert np.flatnonzero(unit.speech >= MAYBE_SPEECH).tolist() == list(range(197, 297))
 
 
 def test_memory_is_that_of_a_unit_however_long_the_stream() -> None:

@@ -5,15 +5,23 @@ It knows files and their names; what is in the tensors is `model.py`'s business.
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
 import struct
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ModelError
 
-_WANTED = ["*.json", "*.safetensors", "*.txt"]
+# By name, since openai/whisper-large-v3 has its weights a second time: 6 GB of "model.fp32-00001-of-00002.safetensors".
+_WANTED = ["*.json", "*.txt", "model.safetensors", "model-*-of-*.safetensors"]
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_INDEX = "model.safetensors.index.json"
+_CONVERT = "convert it to safetensors"
+# Keys of config.json that would change what the network computes.
+_EXPECTED = {"quantization_config": None, "scale_embedding": False, "activation_function": "gelu"}
 _HASH_SAMPLE = 1 << 16  # bytes read at each of 16 places of a weights file
 
 
@@ -54,15 +62,19 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 def weight_files(folder: Path) -> list[Path]:
     """The checkpoint's safetensors files, as its index lists them."""
-    index = read_json(folder, "model.safetensors.index.json")
-    if index:
-        names = sorted(set(index.get("weight_map", {}).values()))
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise ModelError(f"model {folder}: {missing[0]} is named in the index and missing")
-        return [folder / name for name in names]
-    path = folder / "model.safetensors"
-    return [path] if path.is_file() else []
+    places = read_json(folder, _INDEX).get("weight_map", {})
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise ModelError(f"model file {folder / _INDEX}: its weight_map is no list of files")
+    holds = {name: tensor for tensor, name in places.items()}
+    for name in sorted(holds):
+        if name.endswith(_PICKLED):
+            raise ModelError(f"model {folder}: {name}, which its index names, is pickled and refused; {_CONVERT}")
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ModelError(f"model {folder}: {name!r}, which its index names, is no safetensors file beside it")
+        if not (folder / name).is_file():
+            raise ModelError(f"model {folder}: {name}, which holds tensor {holds[name]}, is in the index and missing")
+    whole = folder / "model.safetensors"
+    return [folder / name for name in sorted(holds)] or ([whole] if whole.is_file() else [])
 
 
 def revision_of(folder: Path, asked: str | None) -> str | None:
@@ -113,33 +125,52 @@ def _fetch_uri(uri: str) -> Path:
     import fsspec
 
     target = Path.home() / ".cache" / "murmuration" / "models" / hashlib.sha256(uri.encode()).hexdigest()[:16]
-    done = target / ".complete"
-    if done.exists():
+    if target.exists():
         return target
     try:
         fs, root = fsspec.core.url_to_fs(uri)
-        names = [p for p in fs.ls(root, detail=False) if Path(p).suffix in (".json", ".safetensors", ".txt")]
-        if not names:
+        paths = [path for path in fs.ls(root, detail=False) if _is_wanted(Path(path).name)]
+        if not paths:
             raise FileNotFoundError(uri)
-        target.mkdir(parents=True, exist_ok=True)
-        for name in names:
-            fs.get_file(name, str(target / Path(name).name))
-        done.touch()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as partial:
+            folder = Path(partial) / "model"
+            folder.mkdir()
+            for path in paths:
+                fs.get_file(path, str(folder / Path(path).name))
+            _move(folder, target)
     except Exception as error:  # every store has its own errors; to the user they are one
         raise ModelError(f"model {uri!r} cannot be fetched: {type(error).__name__}: {error}") from None
     return target
 
 
+def _move(folder: Path, target: Path) -> None:
+    try:
+        folder.replace(target)
+    except OSError:
+        if not target.is_dir():  # else another process was faster
+            raise
+
+
+def _is_wanted(name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in _WANTED)
+
+
 def _check_folder(folder: Path, model: str) -> None:
     config = read_json(folder, "config.json")
+    if (folder / "adapter_config.json").is_file() and not config:
+        raise ModelError(f"model {model!r}: an adapter (LoRA) without its model; merge them and save the result")
     if config.get("model_type") != "whisper":
         found = config.get("model_type", "no config.json")
         raise ModelError(f"model {model!r}: not a Whisper checkpoint in Hugging Face layout ({found}) in {folder}")
+    for key, expected in _EXPECTED.items():
+        if config.get(key, expected) != expected:
+            raise ModelError(f"model {model!r}: {key} {str(config[key])[:60]} in config.json is not supported")
     files = weight_files(folder)
     if not files:
-        pickled = next(folder.glob("*.bin"), None) or next(folder.glob("*.pt"), None)
-        hint = f"; {pickled.name} is pickled and refused, convert it to safetensors" if pickled else ""
-        raise ModelError(f"model {model!r}: no model.safetensors in {folder}{hint}")
+        pickled = next((path for path in sorted(folder.iterdir()) if path.suffix in _PICKLED), None)
+        hint = f"{pickled.name} is pickled and refused" if pickled else "pickled weights are refused"
+        raise ModelError(f"model {model!r}: no model.safetensors in {folder}; {hint}, {_CONVERT}")
     for path in files:
         _check_safetensors(path)
 

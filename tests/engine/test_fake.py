@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from speech import pcm_at, talk
 
 from pipeline.config import Fault
 from pipeline.engine import Engine, EngineConfig, load_engine
@@ -23,7 +24,10 @@ from pipeline.errors import (
     NonFiniteError,
     StoreError,
 )
+from pipeline.stitch import UNCOVERED
 from pipeline.types import SAMPLE_RATE, DecodeOptions, Recording, Unit
+from pipeline.units import cut_units
+from pipeline.vad import SileroVad
 
 OPTIONS = DecodeOptions()
 
@@ -110,14 +114,60 @@ def test_a_failure_costs_its_unit_only(kind: str, error: type[EngineError]) -> N
 
 def test_text_empty_and_loop_change_what_is_said() -> None:
     said = {
-        kind: next(engine(Fault(kind=kind, text="hello there")).run([unit()], OPTIONS))  # type: ignore[arg-type]
-        for kind in ("text", "empty", "loop")
+        kind: next(engine(Fault(kind=kind, text=text)).run([unit()], OPTIONS))  # type: ignore[arg-type]
+        for kind, text in (("text", "hello there"), ("loop", "hello there"), ("empty", ""))
     }
     assert said["text"].segments[0].text == " hello there"
     assert said["empty"].segments == ()
     (loop,) = said["loop"].segments
     assert loop.text.count("hello there") > 20
     assert loop.compression_ratio > 2.4  # what the real engine's check is there for
+
+
+def test_submitted_windows_are_counted_while_they_are_awaited() -> None:
+    fake = engine(Fault(kind="hang", text="0.05"))
+
+    async def go() -> list[int]:
+        waiting = [asyncio.ensure_future(fake.submit(unit(pcm=noise(s)), OPTIONS)) for s in (2.0, 70.0)]
+        await asyncio.sleep(0)
+        counts = [fake.n_windows]
+        await asyncio.gather(*waiting)
+        return [*counts, fake.n_windows]
+
+    assert asyncio.run(go()) == [4, 0]
+
+
+@pytest.mark.parametrize("chunk_length_s", [10, 30])
+def test_recordings_with_a_tenth_of_the_windows_emptied_are_flagged(chunk_length_s: int) -> None:
+    """Real units of synthetic speech through the engine, with and without the fault."""
+    pcm, draw = pcm_at(talk(40)[0], -6), np.random.default_rng(1)
+    options = DecodeOptions(chunk_length_s=chunk_length_s)
+    affected = flagged = good = 0
+    for i in range(80):
+        first = int(draw.integers(0, len(pcm) - 60 * SAMPLE_RATE))
+        part = pcm[first:][: int(draw.integers(5, 60)) * SAMPLE_RATE]
+        (one,) = cut_units(
+            Recording(str(i), "x"),
+            [part],
+            vad=SileroVad(),
+            unit_length_s=300,
+            algorithm="windows",
+            sequential_max_s=7200,
+        )
+        (whole,), (holed,) = (
+            list(engine(*faults).run([one], options)) for faults in ((), (Fault(kind="empty", text="0.1"),))
+        )
+        assert whole.flags == ()
+        assert set(holed.segments) <= set(whole.segments)
+        if holed.segments == whole.segments:
+            good += 1
+            assert holed.flags == ()
+        else:
+            affected += 1
+            flagged += UNCOVERED in holed.flags
+    assert good >= 20
+    assert affected >= 10
+    assert flagged >= 0.95 * affected
 
 
 def test_faults_strike_as_often_as_they_say_for_each_recording(tmp_path: Path) -> None:

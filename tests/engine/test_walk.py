@@ -234,7 +234,7 @@ def test_language_is_detected_once_or_on_every_window(tokenizer: Tokenizer) -> N
 
 
 def test_hotwords_stand_before_every_window_and_take_room_from_the_history(tokenizer: Tokenizer) -> None:
-    said = [at(0), *[1000] * 100, at(29)]
+    said = [at(0), *range(1000, 1100), at(29)]
     options = DecodeOptions(language="en", algorithm="sequential", hotwords=" Murmuration, Lingen ")
     _, asked = run(150, options, tokenizer, lambda _: (said, GOOD, 0.0))
     hot = tokenizer.encode(" Murmuration, Lingen")
