@@ -44,6 +44,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+bench = typer.Typer(help="Measure it on this machine.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(bench, name="bench")
 
 
 class Format(StrEnum):
@@ -177,7 +179,57 @@ def evaluate(output: OutputArgument, as_json: Json = False, verbose: Verbose = F
     _finish(EXIT_OK, as_json, found.to_json())
 
 
+@bench.command("engine")
+def bench_engine(
+    size: Annotated[str, typer.Option(help="Of the random weights: tiny, base, small ... large-v3-turbo.")] = "base",
+    model: Model = None,
+    windows: Annotated[int, typer.Option(help="How many windows of 30 s.")] = 16,
+    tokens: Annotated[int, typer.Option(help="Tokens of each window.")] = 100,
+    rounds: Annotated[int, typer.Option(help="How often each takes its turn.")] = 3,
+    lanes: Annotated[int | None, typer.Option(help="Of our engine.", show_default="auto")] = None,
+    threads: Annotated[int | None, typer.Option(help="Of each.", show_default="all cores")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    contestants: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Also faster-whisper:int8.", show_default="all")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(metavar="A,B", help="Of ours.", show_default="auto,float32")] = None,
+    batches: Annotated[str | None, typer.Option(metavar="N,N", help="To try.", show_default="1,4,8,16")] = None,
+    parts: Annotated[str | None, typer.Option(metavar="A,B", help="What to measure.", show_default="all")] = None,
+    recordings: Annotated[int, typer.Option(help="For sequential: how many at once.")] = 32,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the figures there too.")] = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Our engine beside faster-whisper, openai-whisper and transformers: same weights, same windows, in one run."""
+    from pipeline.bench.engine import Plan
+    from pipeline.bench.engine import bench_engine as measure
+    from pipeline.bench.table import show_engine
+
+    _set_up_logging(verbose)
+    console = _console(as_json)
+    lists = {"contestants": contestants, "dtypes": dtype, "parts": parts}
+    given: dict[str, Any] = {name: tuple(text.split(",")) for name, text in lists.items() if text is not None}
+    if batches is not None:
+        given["batches"] = _whole_numbers("--batches", batches)
+    plan = Plan(
+        size=size, model=model, windows=windows, tokens=tokens, rounds=rounds, lanes=lanes, threads=threads,
+        device=device, recordings=recordings, **given,
+    )  # fmt: skip
+    figures = measure(plan, say=_say)
+    if out is not None:
+        out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    show_engine(figures, console)
+    _finish(EXIT_OK, as_json, figures)
+
+
 # ---- what the commands share
+
+
+def _whole_numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise UsageError(f"{option} {text!r}: whole numbers with commas between them") from None
 
 
 def _run(inputs: Sequence[str], output: str, config: Config, console: Console, *, retry: bool = False) -> Summary:

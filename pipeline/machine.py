@@ -72,7 +72,10 @@ def _commit() -> dict[str, Any]:
 
 def _git(*arguments: str) -> str:
     try:
-        run = subprocess.run(["git", *arguments], cwd=_ROOT, capture_output=True, text=True, check=False)
+        # A look must not take the lock that somebody's commit needs.
+        run = subprocess.run(
+            ["git", "--no-optional-locks", *arguments], cwd=_ROOT, capture_output=True, text=True, check=False
+        )
     except OSError:
         return ""
     return run.stdout.strip()

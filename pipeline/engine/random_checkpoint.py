@@ -168,7 +168,7 @@ class _Weights:
     ATTENDED, FED_FORWARD = 0.12, 0.6  # what all layers of a decoder add up to
     LOGIT = 4.0
     TIMES = 1.12  # makes timestamps a little likelier: one for every eight or so text tokens
-    ATTENTION = 3.5  # deviation of the attention scores: looks at about ten of 1,500 places
+    ATTENTION = 3.5  # deviation of the attention scores: a few of 1,500 places are looked at
 
     def draw(self, name: str, shape: tuple[int, ...]) -> Array:
         random = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
@@ -199,7 +199,7 @@ class _Weights:
         if "q_proj" in rest or "k_proj" in rest:
             return math.sqrt(self.ATTENTION)
         if "out_proj" in rest:
-            return self.ATTENDED / math.sqrt(layers) / 0.5  # a mean over ten places has half their deviation
+            return self.ATTENDED / math.sqrt(layers) / 0.5  # the mean over a few places has half their deviation
         if "fc2" in rest:
             return self.FED_FORWARD / math.sqrt(layers) / 0.6  # so has what GELU lets through
         return 1.0
@@ -355,9 +355,9 @@ def _tokenizer(n_vocab: int, path: Path | None) -> dict[str, Any]:
 
     if path is not None:
         return _read_json(path)
-    if n_vocab == ENGLISH:
-        return _english_tokenizer(_read_json(model_path() / "tokenizer.json"))
     multilingual = _read_json(model_path() / "tokenizer.json")
+    if n_vocab == ENGLISH:
+        return _english_tokenizer(multilingual)
     return _with_cantonese(multilingual) if n_vocab == CANTONESE else multilingual
 
 
@@ -373,10 +373,9 @@ def _english_tokenizer(multilingual: dict[str, Any]) -> dict[str, Any]:
     """GPT-2's vocabulary with the multilingual one's special tokens behind it."""
     from pipeline.demo.train.tokenizer import _as_characters, _merges
 
-    asset = files("whisper") / "assets" / "gpt2.tiktoken"
     try:
-        lines = asset.read_text().splitlines()
-    except OSError:
+        lines = (files("whisper") / "assets" / "gpt2.tiktoken").read_text().splitlines()
+    except (ModuleNotFoundError, OSError):
         raise ModelError("an English-only vocabulary needs the openai-whisper package, or a tokenizer.json") from None
     ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}
     shift = len(ranks) - multilingual["added_tokens"][0]["id"]

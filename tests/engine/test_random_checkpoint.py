@@ -171,3 +171,11 @@ def test_without_a_mean_only_the_limit_ends_a_window(tmp_path: Path) -> None:
 def test_an_unknown_size_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="'huge' is none of tiny, base"):
         write_random_checkpoint(tmp_path, "huge")
+
+
+def test_an_english_vocabulary_without_the_reference_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.engine.random_checkpoint.files", lambda package: tmp_path / package)
+    with pytest.raises(ModelError, match="needs the openai-whisper package"):
+        write_random_checkpoint(tmp_path / "model", ENGLISH_ONLY)
