@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -28,6 +29,8 @@ from pipeline.stitch import failed_unit
 from pipeline.todo import from_json, to_json
 from pipeline.types import Failure, Recording, Unit, UnitResult
 from pipeline.units import read_units
+
+log = logging.getLogger(__name__)
 
 UNIT_ROW = pa.schema(
     [
@@ -94,6 +97,7 @@ class EngineStage:
         self._engine: Engine | ModelError
         try:
             self._engine = load_engine(engine)
+            log.info("engine: %s", self._engine.info)
         except ModelError as error:
             # Raised here it would reach the driver as text inside a dead actor's traceback; from a call it arrives.
             self._engine = error

@@ -6,7 +6,9 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,6 +71,8 @@ def test_top_level_is_the_design_s() -> None:
     assert found <= allowed
 
 
-def test_figures_are_those_of_the_results() -> None:
-    figures = json.loads((tables.RESULTS / "heldout_accuracy.json").read_text(encoding="utf-8"))
-    assert tables.accuracy(figures) in README
+@pytest.mark.parametrize(
+    ("table", "file"), [(tables.accuracy, "heldout_accuracy.json"), (tables.speed, "engine_cpu_base.json")]
+)
+def test_figures_are_those_of_the_results(table: Callable[[dict[str, Any]], str], file: str) -> None:
+    assert table(json.loads((tables.RESULTS / file).read_text(encoding="utf-8"))) in README

@@ -79,7 +79,6 @@ class LocalEngine:
             lane_bytes=model.lane_bytes(),
             languages=tuple(tokenizer.languages),
         )
-        log.info("engine: %s", info)
         return cls(model, tokenizer, info)
 
     # -- faces -----------------------------------------------------------------------------------------------

@@ -471,8 +471,8 @@ class Scheduler:
     def _probabilities(self, logits: Tensor, text_tokens: tuple[int, ...]) -> NDArray[np.float64]:
         """How likely each text token was among all text tokens, [n]; `logits` begin where the first was predicted."""
         text = torch.tensor(text_tokens, device=logits.device)
-        logits = logits[: len(text), : self._tokenizer.eot].float()
-        return (logits.gather(1, text[:, None])[:, 0] - logits.logsumexp(-1)).exp().double().cpu().numpy()
+        likely = logits[: len(text), : self._tokenizer.eot].softmax(-1, dtype=torch.float32)
+        return likely.gather(1, text[:, None])[:, 0].double().cpu().numpy()
 
 
 def _stack(windows: list[Window]) -> Tensor:

@@ -60,9 +60,8 @@ def attention_cost(scores: Tensor, n_frames: int, n_sot: int) -> NDArray[np.floa
     the end token's go only after the standardisation, as in the reference.
     """
     weights = scores[:, :, : max(1, n_frames // 2)].softmax(dim=-1)  # one frame has a position too
-    centred = weights - weights.mean(dim=-2, keepdim=True)
-    std = centred.square().mean(dim=-2, keepdim=True).sqrt()  # of the population; `std_mean` took 5 times as long
-    smooth = torch.stack([_median_filter(head) for head in centred / std])  # one by one they stay in the cache
+    std, mean = torch.std_mean(weights, dim=-2, keepdim=True, unbiased=False)  # sums in double: weights may be 1e-30
+    smooth = torch.stack([_median_filter(head) for head in (weights - mean) / std])  # one by one they stay in the cache
     return -smooth.mean(dim=0)[n_sot:-1].double().cpu().numpy()
 
 

@@ -31,6 +31,17 @@ def accuracy(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def speed(figures: dict[str, Any]) -> str:
+    """Of `engine_cpu_base.json`: how many times as long the others take, in the same rounds."""
+    rows = []
+    for ratio in figures["ratios"].values():
+        took = ratio["ours_is_faster"]
+        spread = f"{took['median']:.1f} ({took['min']:.1f} to {took['max']:.1f})"
+        rows.append((ratio["best"], spread, f"{took['by_cpu_time']:.1f}"))
+    lines = ["| in its best setting | times the wall time of ours | times the processor time |", "|---|---|---|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in sorted(rows))])
+
+
 def _coverage(found: dict[str, Any]) -> str:
     return f"{found['missing']} lost, {found['doubled']} doubled, times true to {found['end_error_s']:.2f} s at the end"
 
@@ -45,3 +56,4 @@ def _percent(rate: float) -> str:
 
 if __name__ == "__main__":
     print(accuracy(json.loads((RESULTS / "heldout_accuracy.json").read_text())))
+    print(speed(json.loads((RESULTS / "engine_cpu_base.json").read_text())))

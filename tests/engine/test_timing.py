@@ -9,7 +9,16 @@ import pytest
 import torch
 from whisper.timing import dtw_cpu, median_filter
 
-from pipeline.engine.timing import _MEDIAN_NETWORK, Draft, WordTiming, _median_filter, last_word_end, place_words, warp
+from pipeline.engine.timing import (
+    _MEDIAN_NETWORK,
+    Draft,
+    WordTiming,
+    _median_filter,
+    attention_cost,
+    last_word_end,
+    place_words,
+    warp,
+)
 
 EOT = 50257
 
@@ -40,6 +49,15 @@ def test_median_network() -> None:
         for low, high in _MEDIAN_NETWORK:
             values[low], values[high] = min(values[low], values[high]), max(values[low], values[high])
         assert values[3] == sorted(bits)[3]
+
+
+def test_attention_that_is_next_to_nothing_is_still_told_apart() -> None:
+    """Weights of 1e-30, whose squares float32 cannot hold, against the same in double."""
+    scores = torch.rand(1, 6, 40, generator=torch.Generator().manual_seed(3))
+    scores[:, :, 5:] -= 70.0
+    cost = attention_cost(scores, n_frames=80, n_sot=1)
+    assert np.isfinite(cost).all()
+    assert np.abs(cost - attention_cost(scores.double(), n_frames=80, n_sot=1)).max() < 1e-3
 
 
 def test_median_filter_with_positions_nobody_looks_at() -> None:
