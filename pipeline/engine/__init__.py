@@ -46,6 +46,16 @@ class EngineInfo:
         return f"{self.model} in {self.dtype} on {self.device}, {lanes}"
 
 
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """What an engine is doing at this moment, for metrics and for whoever watches that it does not hang."""
+
+    lanes: int  # there are so many now
+    busy: int  # of them, with a window
+    queued: int  # windows that are admitted and have no lane yet
+    idle_s: float  # since anything in flight last came further; 0 where nothing is in flight
+
+
 class Engine(Protocol):
     """One device with one model. No state survives a call; results do not depend on what else is in the batch."""
 
@@ -76,6 +86,10 @@ class Engine(Protocol):
         """Encoder windows in flight, waiting ones too: what an endpoint counts before it admits a request."""
         ...
 
+    def load(self) -> EngineLoad:
+        """From any thread, at any time, also while the device hangs: it takes no lock and waits for nothing."""
+        ...
+
     def close(self) -> None:
         """Stops the dispatcher; what is in flight fails with `EngineError`."""
         ...
@@ -94,7 +108,7 @@ def load_engine(config: EngineConfig) -> Engine:
         return FakeEngine(config)
     from pipeline.engine.local import LocalEngine
 
-    return LocalEngine.load(config)
+    return LocalEngine.open(config)
 
 
 def engine_config(config: Config, threads: int | None = None) -> EngineConfig:

@@ -15,12 +15,13 @@ import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Self
 
 import numpy as np
 
 from pipeline.config import Fault, FaultStage
-from pipeline.engine import EngineConfig, EngineInfo, options_for
+from pipeline.engine import EngineConfig, EngineInfo, EngineLoad, options_for
 from pipeline.errors import (
     DamagedAudioError,
     DecodeMemoryError,
@@ -112,6 +113,7 @@ class FakeEngine:
     def __init__(self, config: EngineConfig) -> None:
         self._faults = Faults(config.fake_faults or (), config.fake_state)
         self._n_windows = 0
+        self._progress = time.monotonic()  # when a Unit was last taken in or given up
         self.info = EngineInfo(
             model=config.model,
             revision=config.revision,
@@ -129,29 +131,44 @@ class FakeEngine:
         for unit in units:
             fault = self._faults.strike(unit.recording.id, "engine")
             try:
-                if fault is not None:
-                    act(fault, "engine")
-                yield self._result(unit, options, fault)
+                with self._in_flight(unit, options):
+                    if fault is not None:
+                        act(fault, "engine")
+                    result = self._result(unit, options, fault)
             except EngineError as error:
-                yield failed_unit(unit, failure_of(error, "engine"))
+                result = failed_unit(unit, failure_of(error, "engine"))
+            yield result
 
     async def submit(self, unit: Unit, options: DecodeOptions) -> UnitResult:
         fault = self._faults.strike(unit.recording.id, "engine")
-        n_windows = _n_windows(unit.n_samples, options)
-        self._n_windows += n_windows
-        try:
+        with self._in_flight(unit, options):
             if fault is not None and fault.kind == "hang":  # the event loop must go on serving the others
                 await asyncio.sleep(hang_s(fault))
             elif fault is not None:
                 act(fault, "engine")
             return self._result(unit, options, fault)
+
+    @contextmanager
+    def _in_flight(self, unit: Unit, options: DecodeOptions) -> Iterator[None]:
+        n_windows = _n_windows(unit.n_samples, options)
+        self._n_windows += n_windows
+        self._progress = time.monotonic()
+        try:
+            yield
         finally:
             self._n_windows -= n_windows
+            self._progress = time.monotonic()
 
     @property
     def n_windows(self) -> int:
         """Those of the Units whose hang somebody awaits; the rest is answered at once."""
         return self._n_windows
+
+    def load(self) -> EngineLoad:
+        """As if a hang were the device's: nothing in flight comes further while it lasts."""
+        in_flight, lanes = self._n_windows, self.info.lanes
+        idle_s = time.monotonic() - self._progress if in_flight else 0.0
+        return EngineLoad(lanes, min(lanes, in_flight), max(0, in_flight - lanes), idle_s)
 
     def close(self) -> None:
         return None

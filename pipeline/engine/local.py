@@ -23,7 +23,7 @@ from typing import Any, Self
 
 import torch
 
-from pipeline.engine import EngineConfig, EngineInfo, options_for
+from pipeline.engine import EngineConfig, EngineInfo, EngineLoad, options_for
 from pipeline.engine.checkpoint import resolve_model, revision_of
 from pipeline.engine.decoding import Span, Window, walk
 from pipeline.engine.features import HOP, N_SAMPLES, LogMel
@@ -59,7 +59,7 @@ class LocalEngine:
         atexit.register(self.close)  # a thread still inside torch when the interpreter ends aborts the process
 
     @classmethod
-    def load(cls, config: EngineConfig) -> LocalEngine:
+    def open(cls, config: EngineConfig) -> LocalEngine:
         folder = resolve_model(config.model, config.revision)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
@@ -127,6 +127,9 @@ class LocalEngine:
     @property
     def n_windows(self) -> int:
         return self._scheduler.n_windows
+
+    def load(self) -> EngineLoad:
+        return self._scheduler.load()
 
     def close(self) -> None:
         with self._door:

@@ -9,6 +9,7 @@ Single-threaded: one dispatcher calls it. It knows tokens and tensors, not recor
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.engine import EngineLoad
 from pipeline.engine.beam import Beam
 from pipeline.engine.decoding import Align, Decode, Decoded, DetectLanguage, Request, Sampler, Walk, Window
 from pipeline.engine.fairness import FairQueue
@@ -91,6 +93,7 @@ class Scheduler:
         self._tasks: set[Task] = set()
         self._languages: OrderedDict[bytes, tuple[str, float]] = OrderedDict()
         self._window_batch = WINDOW_BATCH
+        self._progress = time.monotonic()  # when a walk was last answered, a window encoded or a token sampled
         self._allocate(lanes)
 
     def _allocate(self, lanes: int) -> None:
@@ -111,6 +114,13 @@ class Scheduler:
     def n_windows(self) -> int:
         """Encoder windows admitted and not yet answered: each walk has one at a time."""
         return len(self._tasks)
+
+    def load(self) -> EngineLoad:
+        """Also for other threads: it reads whole values only, which may be of two moments next to each other."""
+        idle_s = 0.0 if self.idle else time.monotonic() - self._progress
+        in_lanes = {candidate.ask.task for candidate in self._live()}
+        busy = len(self._lanes) - self._lanes.count(None)
+        return EngineLoad(len(self._lanes), busy, max(0, len(self._tasks) - len(in_lanes)), idle_s)
 
     def start(self, task: Task) -> None:
         self._tasks.add(task)
@@ -159,6 +169,7 @@ class Scheduler:
         """Sends a task its answer and queues its next wish."""
         if task.cancelled:
             return
+        self._progress = time.monotonic()
         try:
             request = task.walk.send(answer)
         except StopIteration as stop:
@@ -241,6 +252,7 @@ class Scheduler:
         mel = torch.stack([window.mel(self._features) for window in batch])
         for window, hidden in zip(batch, self._model.encode(mel), strict=True):
             window.hidden = hidden
+        self._progress = time.monotonic()
 
     def _answer_detects(self) -> None:
         encoded = (ask.request.window for ask in self._detects if ask.request.window.hidden is not None)
@@ -368,6 +380,7 @@ class Scheduler:
         for candidate, (sources, hypotheses) in chosen.items():
             self._follow(candidate, sources, hypotheses)
         ended = self._sampler.ended.tolist()
+        self._progress = time.monotonic()
         for candidate in candidates:
             candidate.length += 1
             if ended[candidate.lanes[0]] or (candidate.beam is not None and candidate.beam.is_complete):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 from speech import pcm_at, talk
 
 from pipeline.config import Fault
-from pipeline.engine import Engine, EngineConfig, load_engine
+from pipeline.engine import Engine, EngineConfig, EngineLoad, load_engine
 from pipeline.engine.fake import FakeEngine, Faults, hear
 from pipeline.errors import (
     DamagedAudioError,
@@ -135,6 +137,34 @@ def test_submitted_windows_are_counted_while_they_are_awaited() -> None:
         return [*counts, fake.n_windows]
 
     assert asyncio.run(go()) == [4, 0]
+
+
+def test_a_hang_looks_like_no_progress() -> None:
+    fake = engine(Fault(match="stuck", kind="hang", text="0.4"))
+    assert fake.load() == EngineLoad(lanes=8, busy=0, queued=0, idle_s=0.0)
+
+    async def go() -> list[EngineLoad]:
+        waiting = asyncio.ensure_future(fake.submit(unit("stuck", noise(290.0)), OPTIONS))
+        await asyncio.sleep(0.1)
+        stuck = fake.load()
+        await fake.submit(unit("fine"), OPTIONS)
+        further = fake.load()
+        await waiting
+        return [stuck, further]
+
+    stuck, further = asyncio.run(go())
+    assert (stuck.busy, stuck.queued) == (8, 2)
+    assert stuck.idle_s >= 0.09
+    assert further.idle_s < stuck.idle_s
+    assert fake.load() == EngineLoad(8, 0, 0, 0.0)
+
+    drawn = threading.Thread(target=list, args=[fake.run([unit("stuck")], OPTIONS)])
+    drawn.start()
+    longest = 0.0
+    while drawn.is_alive():
+        longest = max(longest, fake.load().idle_s)
+        time.sleep(0.01)
+    assert longest >= 0.2
 
 
 @pytest.mark.parametrize("chunk_length_s", [10, 30])

@@ -6,6 +6,9 @@ import asyncio
 import dataclasses
 import subprocess
 import sys
+import threading
+import time
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import torch
 
 from pipeline.demo import model_path
 from pipeline.demo.train.heldout import Clip, make_clip
-from pipeline.engine import EngineConfig, load_engine
+from pipeline.engine import EngineConfig, EngineLoad, load_engine
 from pipeline.engine.decoding import Align, Span, Walk, Window, walk
 from pipeline.engine.local import LocalEngine
 from pipeline.engine.model import WhisperModel
@@ -147,6 +150,32 @@ def test_a_device_error_ends_what_is_in_flight_and_nothing_else(
     assert fine.failure is None
 
 
+def test_its_load_tells_work_from_a_hang(
+    engine: LocalEngine, clips: list[Clip], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device is held fast in its third step, and let go."""
+    assert engine.load() == EngineLoad(lanes=4, busy=0, queued=0, idle_s=0.0)
+    reached, go_on, steps = threading.Event(), threading.Event(), count()
+    true = WhisperModel.step
+
+    def stuck(*given: Any) -> torch.Tensor:
+        if next(steps) == 2:
+            reached.set()
+            go_on.wait(60)
+        return true(*given)
+
+    monkeypatch.setattr(WhisperModel, "step", stuck)
+    work = threading.Thread(target=engine.decode, args=([clip.pcm for clip in clips], PLAIN))
+    work.start()
+    assert reached.wait(60)
+    first, _, later = engine.load(), time.sleep(0.05), engine.load()
+    assert (later.busy, later.queued) == (4, 2)
+    assert first.idle_s + 0.05 <= later.idle_s
+    go_on.set()
+    work.join()
+    assert engine.load() == EngineLoad(4, 0, 0, 0.0)
+
+
 @pytest.mark.parametrize("where", ["encode", "prefill", "step", "align", "first_logits"])
 def test_out_of_memory_halves_the_lanes_and_loses_nothing(
     clips: list[Clip], monkeypatch: pytest.MonkeyPatch, where: str
@@ -232,7 +261,7 @@ def test_words_of_one_frame(engine: LocalEngine) -> None:
 def test_an_engine_left_open_does_not_break_the_exit() -> None:
     program = """
 import numpy as np
-from pipeline.engine import EngineConfig, load_engine
+from pipeline.engine import EngineConfig, EngineLoad, load_engine
 from pipeline.types import DecodeOptions
 engine = load_engine(EngineConfig(model="demo", dtype="float32", lanes=2))
 engine.decode([np.zeros(16000, np.int16)], DecodeOptions())
