@@ -125,6 +125,9 @@ class Config(_Frozen):
     max_audio_s: Annotated[int, Field(ge=1)] = 172_800
     decode_timeout_s: Annotated[int, Field(ge=1)] | None = None
     decode_memory_mb: Annotated[int, Field(ge=200)] = 1500
+    engine_timeout_s: Annotated[int, Field(ge=1)] = Field(
+        600, description="an engine that has work and stands still for so long is started again"
+    )
 
     ray: RayConfig = RayConfig()
     pool: PoolConfig = PoolConfig()
@@ -182,7 +185,7 @@ class Config(_Frozen):
 
 # What a result depends on. `dtype` and `model` are fingerprinted as resolved, by the caller.
 _NOT_IN_FINGERPRINT = frozenset(
-    "device engine lanes max_failed_fraction decode_timeout_s decode_memory_mb ray pool".split()
+    "device engine lanes max_failed_fraction decode_timeout_s decode_memory_mb engine_timeout_s ray pool".split()
 )
 
 # A model may bring its own defaults; the user's settings win.

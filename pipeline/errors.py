@@ -9,6 +9,7 @@
     │   └── ModelError          no such model, damaged or partial weights
     ├── OutputMismatchError exit 4: the output was begun with other settings
     ├── StoreError          exit 3: the store refuses; resumable
+    ├── CrashLoopError      exit 3: engines die whatever they are given; resumable
     ├── AudioError          costs its recording only
     │   ├── NotFoundError, ForbiddenError, SourceError      the bytes cannot be had
     │   ├── EmptyAudioError, NoAudioStreamError             there is no sound in them
@@ -16,7 +17,7 @@
     │   └── TooLongError, DecodeTimeoutError, DecodeMemoryError     a limit was reached
     └── EngineError         costs its Unit only
         ├── EngineMemoryError, NonFiniteError
-        └── WorkerCrashError    the engine's process died with this Unit alone in it
+        └── WorkerCrashError    its process died with it alone, again and again
 
 This module knows nothing but text.
 """
@@ -73,6 +74,10 @@ class OutputMismatchError(MurmurError):
 
 class StoreError(MurmurError):
     kind = "store"
+
+
+class CrashLoopError(MurmurError):
+    kind = "crash_loop"
 
 
 class AudioError(MurmurError):

@@ -16,28 +16,29 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-import pyarrow as pa
 from rich.console import Console
 
 from pipeline import todo
+from pipeline.census import STORE_WIDE, Census
 from pipeline.config import Config, RayConfig, fingerprint_keys
 from pipeline.engine import EngineConfig, engine_config
 from pipeline.engine.checkpoint import model_fingerprint, read_json, resolve_model, revision_of
 from pipeline.engine.fake import Faults
 from pipeline.engine.tokens import Tokenizer, check_options
-from pipeline.errors import ConfigError, MurmurError, OutputError
+from pipeline.errors import ConfigError, MurmurError, OutputError, StoreError
 from pipeline.finalize import Success, finalize
 from pipeline.lease import Lease
 from pipeline.ledger import Ledger
 from pipeline.machine import has_bfloat16
-from pipeline.manifest import read_inputs
+from pipeline.manifest import filesystem, read_inputs, source_error
 from pipeline.output import Output, open_output, read_output, refuse_mismatch, write_inputs
 from pipeline.pools import Node, Pools, size_pools
 from pipeline.report import Standing, Summary, Work, exit_code, number_of, progress
@@ -79,39 +80,75 @@ def transcribe(
     """Run `items` through the dataflow, showing how far it is."""
     pools = size_pools(cluster.nodes(), config)
     console.print(f"{number_of(len(items))} to do: {pools.describe()}, in {output.run.keys['dtype']}")
-    blocks = list(todo.blocks(todo.in_order(items), pools.decode_tasks))
     standing = Standing(output, [todo.from_json(item.recording).id for item in items], round)
     began = time.monotonic()
-    with progress(standing, console), plain_errors():
-        dataflow(blocks, round, output, config, pools)
+    with progress(standing, console), plain_errors(), counting_processes() as census:
+        for one in passes(items, round, output, pools, census):
+            if one.why:
+                console.print(f"{number_of(len(one.items))} {one.why}")
+            dataflow(one, output, config, census)
     wall_s = time.monotonic() - began
     return Work(recordings=len(items), audio_s=standing.look().audio_s, wall_s=wall_s, pools=pools.describe())
 
 
-def dataflow(blocks: Sequence[pa.Table], round: int, output: Output, config: Config, pools: Pools) -> None:
-    """Every Unit still to do of the recordings in `blocks`, committed one by one as they end."""
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One time through the dataflow."""
+
+    items: Sequence[todo.Item]
+    round: int
+    pools: Pools
+    is_final: bool = False  # a source that fails now is a failed row
+    alone: bool = False  # Units one at a time
+    why: str = ""  # in words, where it is not the first
+
+
+def passes(items: Sequence[todo.Item], round: int, output: Output, pools: Pools, census: Any) -> Iterator[Pass]:
+    """All of `items`; then those whose source failed, once more; last, alone, what was in an engine when it died.
+
+    What is left of a recording, the ledger says. Raises `StoreError` where a store that gave some refuses all now.
+    """
+    import ray
+
+    yield Pass(items, round, pools)
+    if (deferred := ray.get(census.deferred.remote())).sources:
+        refuse_if_down(ray.get(census.known_good.remote()))
+        ray.get(census.next_pass.remote())
+        left = todo.again(deferred.sources, _ledger(output), round)
+        yield Pass(left, round, pools, is_final=True, why="could not be read, and are tried once more")
+    if (deferred := ray.get(census.deferred.remote())).suspects:
+        left = todo.again(deferred.suspects, _ledger(output), round)
+        one = dataclasses.replace(pools, engines=1, units_per_call=1, calls_per_engine=1)
+        yield Pass(left, round, one, is_final=True, alone=True, why="were in an engine that died, and are run alone")
+
+
+def dataflow(one: Pass, output: Output, config: Config, census: Any) -> None:
+    """Every Unit still to do of the recordings in this pass, committed one by one as they end."""
     import ray.data
     from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 
     from pipeline.sink import LedgerSink
     from pipeline.stages import EngineStage, decode, fail_before_commit
 
+    pools = one.pools
+    blocks = list(todo.blocks(todo.in_order(one.items), pools.decode_tasks))
     faults = Faults(config.fake.faults, f"{output.store.uri}/_run/faults") if config.engine == "fake" else None
+    engine = _engine(config, output, pools, faults)
     DataContext.get_current().target_max_block_size = pools.block_mb << 20
     (
-        ray.data.from_arrow(list(blocks))
+        ray.data.from_arrow(blocks)
         .map_batches(
             decode,
-            fn_kwargs={"config": config, "faults": faults},
+            fn_kwargs={"config": config, "faults": faults, "census": census, "is_final": one.is_final},
             batch_format="pyarrow",
-            batch_size=1,
+            batch_size=None,
             compute=TaskPoolStrategy(size=min(pools.decode_tasks, len(blocks))),
             num_cpus=pools.decode_cpus,
             max_calls=MAX_CALLS,  # the engine's actors have none of that, so Ray cannot fuse the two into one process
         )
         .map_batches(
             EngineStage,
-            fn_constructor_kwargs={"config": config, "engine": _engine(config, output, pools, faults)},
+            fn_constructor_kwargs={"config": config, "engine": engine, "census": census, "alone": one.alone},
             batch_format="pyarrow",
             batch_size=pools.units_per_call,
             compute=ActorPoolStrategy(size=pools.engines, max_concurrent_calls_per_actor=pools.calls_per_engine),
@@ -122,7 +159,7 @@ def dataflow(blocks: Sequence[pa.Table], round: int, output: Output, config: Con
             LedgerSink(
                 output.store,
                 output.run.n_shards,
-                round=round,
+                round=one.round,
                 rows_per_write=pools.units_per_call,
                 between=partial(fail_before_commit, faults=faults) if faults else None,
             ),
@@ -130,6 +167,10 @@ def dataflow(blocks: Sequence[pa.Table], round: int, output: Output, config: Con
             concurrency=min(pools.write_tasks, len(blocks)),
         )
     )
+
+
+def _ledger(output: Output) -> Ledger:
+    return Ledger.read(output.store, output.run.n_shards)
 
 
 def _engine(config: Config, output: Output, pools: Pools, faults: Faults | None) -> EngineConfig:
@@ -215,7 +256,43 @@ def finalize_output(output_uri: str, config: Config) -> Success:
         return finalize(output, use_ray=use_ray)
 
 
+def refuse_if_down(known_good: Mapping[str, str]) -> None:
+    """Raise `StoreError` where a store no longer gives a recording (JSON, by store) that it gave before: then what it
+    refused is not to be called failed."""
+    for store, recording in known_good.items():
+        uri = todo.from_json(recording).uri
+        try:
+            fs, path = filesystem(uri)
+            fs.cat_file(path, start=0, end=1)
+        except Exception as error:  # every store's library has exceptions of its own
+            reason = source_error(error, uri)
+            if reason.kind in STORE_WIDE:
+                raise StoreError(
+                    f"{store} refuses what it gave before ({reason}); nothing is marked as failed"
+                ) from None
+
+
 # ---- Ray
+
+
+@contextmanager
+def counting_processes() -> Iterator[Any]:
+    """The handle of the run's `Census`, on this node: it goes when the driver goes."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    census = ray.remote(Census).options(num_cpus=0, scheduling_strategy=here).remote(_alive_nodes)
+    try:
+        yield census
+    finally:
+        ray.kill(census)
+
+
+def _alive_nodes() -> set[str]:
+    import ray
+
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 class Cluster:

@@ -96,6 +96,12 @@ def default_id(uri: str) -> str:
     return public_uri(uri)
 
 
+def store_of(uri: str) -> str:
+    """The store that `uri` lies on, as it is named in messages: `s3://bucket`, `https://host`, `file` for a disk."""
+    scheme, mark, rest = public_uri(uri).split("::")[-1].partition("://")
+    return f"{scheme}://{rest.partition('/')[0]}" if mark else "file"
+
+
 def filesystem(uri: str) -> tuple[Any, str]:
     """The fsspec filesystem that `uri` lies on, and its path there; a local path is absolute.
 

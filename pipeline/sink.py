@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from ray.data.block import BlockAccessor
 from ray.data.datasource import Datasink
 
+from pipeline.census import DEFERRED
 from pipeline.ledger import Committed, commit
 from pipeline.schema import UNITS, conform
 from pipeline.store import Store
@@ -40,9 +42,15 @@ class LedgerSink(Datasink[Committed]):  # type: ignore[misc]  # ray's types are 
         """Commit all rows of `blocks` as one data object."""
         accessors = (BlockAccessor.for_block(block) for block in blocks)
         tables = [conform(one.to_arrow(), UNITS) for one in accessors if one.num_rows()]
-        table = pa.concat_tables([UNITS.empty_table(), *tables])
+        table = _ended(pa.concat_tables([UNITS.empty_table(), *tables]))
         return commit(self._store, table, self._n_shards, round=self._round, between=self._between)
 
     @property
     def min_rows_per_write(self) -> int | None:
         return self._rows_per_write
+
+
+def _ended(units: pa.Table) -> pa.Table:
+    """Those of `units` that have ended: what is only put off stays to do."""
+    deferred = pc.equal(pc.struct_field(units["failure"], "kind"), DEFERRED)
+    return units.filter(pc.invert(pc.fill_null(deferred, False)))

@@ -12,18 +12,34 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import faulthandler
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import ray
 
+from pipeline.census import ALONE, BLOCK_DEATHS, CRASHES, DEFERRED, IN_A_ROW, LATER, Verdict
 from pipeline.config import Config
 from pipeline.engine import Engine, EngineConfig, load_engine
 from pipeline.engine.fake import Faults
-from pipeline.errors import AudioError, ConfigError, EngineError, ModelError, failure_of
+from pipeline.errors import (
+    AudioError,
+    ConfigError,
+    CrashLoopError,
+    EngineError,
+    MurmurError,
+    StoreError,
+    WorkerCrashError,
+    failure_of,
+)
+from pipeline.manifest import store_of
 from pipeline.schema import UNITS, to_table, unit_row
 from pipeline.stitch import failed_unit
 from pipeline.todo import from_json, to_json
@@ -47,15 +63,66 @@ UNIT_ROW = pa.schema(
 )
 
 
-def decode(todo: pa.Table, config: Config, faults: Faults | None = None) -> Iterator[pa.Table]:
+def decode(
+    todo: pa.Table, config: Config, faults: Faults | None = None, census: Any = None, is_final: bool = True
+) -> Iterator[pa.Table]:
     """One row for each Unit still to be done of the recordings in `todo`; what cannot be read is a row too.
 
     Every recording is read from its start, also where some of its Units are done: only so are they cut the same way.
+    With a `census` (the handle of a `pipeline.census.Census`), a source that fails is put off unless the pass
+    `is_final`. Raises `StoreError` where a store refuses everything.
     """
-    for row in todo.to_pylist():
+    rows = todo.to_pylist()
+    block = _Block(census, rows[0]["recording"], is_final) if census is not None and rows else None
+    for row in rows:
         recording, done = from_json(row["recording"]), frozenset(row["done"])
-        for item in _still_to_do(_read(recording, config, faults), done, row["gap_start"]):
+        items = _still_to_do(_read(recording, config, faults), done, row["gap_start"])
+        for item in items if block is None else block.watched(row["recording"], recording, items):
             yield pa.Table.from_pylist([unit_to_row(item)], schema=UNIT_ROW)
+    if block is not None:
+        block.close()
+
+
+class _Block:
+    """What a decode task tells the census of its recordings, and what it makes of the answers.
+
+    A question a block while all is well: one a recording would be a third of the time of short ones.
+    """
+
+    def __init__(self, census: Any, name: str, is_final: bool) -> None:
+        context = ray.get_runtime_context()
+        self._census, self._name, self._is_final = census, name, is_final
+        self._read: dict[str, str] = {}  # by store, the last recording that was read
+        self._deaths = ray.get(census.opened.remote(name, context.get_worker_id(), context.get_node_id()))
+
+    def watched(
+        self, text: str, recording: Recording, items: Iterable[Unit | UnitResult]
+    ) -> Iterator[Unit | UnitResult]:
+        """`items` of this recording (`text` is its JSON), but for what is put off."""
+        if self._deaths and ray.get(self._census.is_deadly.remote(self._name, recording.id)):
+            error = WorkerCrashError(f"{BLOCK_DEATHS} decode processes died while they read this recording")
+            yield _unread(recording, error, attempts=BLOCK_DEATHS)
+            return
+        for item in items:
+            failure = item.failure if isinstance(item, UnitResult) else None
+            if failure is not None and failure.kind in LATER and not self._is_final:
+                self._put_off(text, recording, failure)
+                return
+            yield item
+        self._read[store_of(recording.uri)] = text
+
+    def close(self) -> None:
+        self._census.closed.remote(self._name, list(self._read.items()))
+
+    def _put_off(self, text: str, recording: Recording, failure: Failure) -> None:
+        store = store_of(recording.uri)
+        if store in self._read:
+            self._census.answered.remote(store, self._read.pop(store))  # in order, so the count begins anew
+        if not ray.get(self._census.refused.remote(store, text, failure.kind)):
+            raise StoreError(
+                f"{store} refuses: more than {IN_A_ROW} recordings in a row could not be read, the last one with"
+                f" «{failure.message}»; they are not marked as failed, and the same command goes on with them"
+            )
 
 
 def _still_to_do(
@@ -78,9 +145,16 @@ def _read(recording: Recording, config: Config, faults: Faults | None) -> Iterat
         if faults is not None:
             faults.inject(recording.id, "decode")
     except AudioError as error:
-        yield UnitResult(recording, 0, is_last=True, start=0, n_samples=0, failure=failure_of(error, "decode"))
+        yield _unread(recording, error)
     else:
         yield from read_units(recording, config)
+
+
+def _unread(recording: Recording, error: MurmurError, attempts: int = 1) -> UnitResult:
+    """The row of a recording of which nothing was read."""
+    return UnitResult(
+        recording, 0, is_last=True, start=0, n_samples=0, failure=failure_of(error, "decode", attempts=attempts)
+    )
 
 
 def fail_before_commit(units: pa.Table, faults: Faults) -> None:
@@ -90,33 +164,101 @@ def fail_before_commit(units: pa.Table, faults: Faults) -> None:
 
 
 class EngineStage:
-    """One engine in a process of its own. Ray calls it with several batches at once; their Units share its lanes."""
+    """One engine in a process of its own. Ray calls it with several batches at once; their Units share its lanes.
 
-    def __init__(self, config: Config, engine: EngineConfig) -> None:
+    With a `census`, a Unit that was in an engine when that died is put off, and run by itself in a pass that is
+    `alone`; there one that kills again and again fails. An engine that stands still for `engine_timeout_s` ends its
+    own process, which makes a hang a death like any other.
+    """
+
+    def __init__(self, config: Config, engine: EngineConfig, census: Any = None, alone: bool = False) -> None:
         self._options = config.decode_options()
-        self._engine: Engine | ModelError
+        self._census, self._alone, self._turn = census, alone, asyncio.Lock()
+        self._engine: Engine | MurmurError
         try:
+            self._name = _register(census)
             self._engine = load_engine(engine)
             log.info("engine: %s", self._engine.info)
-        except ModelError as error:
+            exit_when_stuck(self._engine, config.engine_timeout_s)
+        except MurmurError as error:
             # Raised here it would reach the driver as text inside a dead actor's traceback; from a call it arrives.
             self._engine = error
 
     async def __call__(self, units: pa.Table) -> pa.Table:
-        """One row of `schema.UNITS` for each row of `units`, in order."""
-        if isinstance(self._engine, ModelError):
+        """One row of `schema.UNITS` for each row of `units`, in order; rows put off say so, and are not committed."""
+        if isinstance(self._engine, MurmurError):
             raise self._engine
-        results = await asyncio.gather(*(self._result(row, self._engine) for row in rows_of(units)))
+        items = [unit_from_row(row) for row in rows_of(units)]
+        async with self._turn if self._alone else nullcontext():
+            results = await self._results(items, self._engine)
         return to_table((unit_row(result) for result in results), UNITS)
 
-    async def _result(self, row: Mapping[str, Any], engine: Engine) -> UnitResult:
-        item = unit_from_row(row)
-        if isinstance(item, UnitResult):
-            return item
+    async def _results(self, items: Sequence[Unit | UnitResult], engine: Engine) -> list[UnitResult]:
+        units = [item for item in items if isinstance(item, Unit)]
+        keys = [(unit.recording.id, unit.index) for unit in units]
+        verdicts = dict.fromkeys(keys, Verdict.RUN)
+        if self._census is not None and units:
+            asked = [(key, to_json(unit.recording)) for key, unit in zip(keys, units, strict=True)]
+            answer = await self._census.take.remote(self._name, asked, self._alone)
+            verdicts = dict(zip(keys, answer, strict=True))
+        results = await asyncio.gather(
+            *(
+                self._result(item, engine, verdicts[item.recording.id, item.index]) if isinstance(item, Unit)
+                else _ready(item)
+                for item in items
+            )
+        )  # fmt: skip
+        if self._census is not None and units:
+            self._census.done.remote(self._name, keys)
+        return results
+
+    async def _result(self, unit: Unit, engine: Engine, verdict: Verdict) -> UnitResult:
+        if verdict == Verdict.DEFER:
+            return failed_unit(unit, Failure(DEFERRED, "its engine died; it is run alone later", "engine"))
+        if verdict == Verdict.FAIL:
+            error = WorkerCrashError(f"the engine's process died with this Unit alone in it, {ALONE} times")
+            return failed_unit(unit, failure_of(error, "engine", attempts=ALONE + 1))
         try:
-            return await engine.submit(item, self._options)
+            return await engine.submit(unit, self._options)
         except (EngineError, ConfigError) as error:  # the latter: what a manifest line asks of this model
-            return failed_unit(item, failure_of(error, "engine"))
+            return failed_unit(unit, failure_of(error, "engine"))
+
+
+async def _ready(result: UnitResult) -> UnitResult:
+    return result
+
+
+def _register(census: Any) -> str:
+    """The name of this actor, which a process started in its place has too; the census now knows that it lives.
+
+    Raises `CrashLoopError` where engines die whatever they are given.
+    """
+    if census is None:
+        return ""
+    context = ray.get_runtime_context()
+    name: str = context.get_actor_id()
+    if not ray.get(census.born.remote(name, context.get_node_id())):
+        raise CrashLoopError(
+            f"the last {CRASHES} engine processes died without one Unit done: it is not the audio; the reason stands"
+            " in Ray's worker logs (run with --verbose), and the same command goes on from here"
+        )
+    return name
+
+
+def exit_when_stuck(engine: Engine, timeout_s: float) -> None:
+    """End this process, with every thread's stack in its log, when `engine` has work and stands still for that long.
+
+    The alarm is a thread of faulthandler's own, in C: it goes off also while whoever hangs holds the interpreter's
+    lock. What rearms it is a thread here, for as long as the engine moves.
+    """
+
+    def watch() -> None:
+        while True:
+            if engine.load().idle_s < timeout_s / 2:
+                faulthandler.dump_traceback_later(timeout_s / 2, exit=True)
+            time.sleep(min(5.0, timeout_s / 8))
+
+    threading.Thread(target=watch, name="watchdog", daemon=True).start()
 
 
 def unit_to_row(item: Unit | UnitResult) -> dict[str, Any]:

@@ -88,6 +88,21 @@ def failed(listed: Sequence[Item], ledger: Ledger) -> list[Item]:
     return [item(recording, well[recording.id]) for recording in recordings if recording.id in well]
 
 
+def again(recordings: Iterable[str], ledger: Ledger, round: int) -> list[Item]:
+    """What is left to do of these recordings (JSON) in the run (`round` 0), or the retry, that has begun with them."""
+    of = {from_json(text).id: text for text in recordings}
+    rows = _units(ledger, of, "index", "is_last", "ok", "round")
+    by_id = {name: list(units) for name, units in groupby(rows, key=lambda row: row["recording_id"])}
+    starts = {} if round else _gap_starts(ledger, of)
+    left = []
+    for name, text in of.items():
+        done = {unit["index"]: unit["is_last"] for unit in by_id.get(name, ()) if unit["ok"] or unit["round"] >= round}
+        last = min((index for index, is_last in done.items() if is_last), default=None)
+        if last is None or any(index not in done for index in range(last)):
+            left.append(item(from_json(text), done, None if round else starts.get(name)))
+    return left
+
+
 def in_order(items: Iterable[Item]) -> list[Item]:
     """The longest first; those of unknown length after them, in the manifest's order."""
     return sorted(items, key=lambda it: -(it.estimate_s or 0.0))

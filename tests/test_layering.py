@@ -17,7 +17,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "pipeline.manifest", "pipeline.audio", "pipeline.vad", "pipeline.units", "pipeline.windows",
         "pipeline.stitch", "pipeline.formats", "pipeline.scoring", "pipeline.schema", "pipeline.store",
-        "pipeline.pools", "pipeline.todo", "pipeline.output", "pipeline.ledger", "pipeline.lease", "pipeline.silero",
+        "pipeline.pools", "pipeline.census", "pipeline.todo", "pipeline.output",
+        "pipeline.ledger", "pipeline.lease", "pipeline.silero",
     ),
     ("pipeline.engine",),
     ("pipeline.transcribe", "pipeline.sink", "pipeline.finalize", "pipeline.report"),
