@@ -160,7 +160,7 @@ def dataflow(one: Pass, output: Output, config: Config, census: Any) -> None:
                 output.store,
                 output.run.n_shards,
                 round=one.round,
-                rows_per_write=pools.units_per_call,
+                rows_per_write=pools.units_per_call or 1,
                 between=partial(fail_before_commit, faults=faults) if faults else None,
             ),
             ray_remote_args={"num_cpus": 0},

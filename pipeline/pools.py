@@ -37,17 +37,17 @@ class Pools:
     threads: int | None  # of one engine on CPU; None: it has a GPU
     decode_tasks: int
     decode_cpus: float
-    units_per_call: int  # Units an engine is handed at once
-    calls_per_engine: int  # such calls in flight
+    units_per_call: int | None  # Units an engine is handed at once; None: a block of them
+    calls_per_engine: int  # such calls in flight; the stage lets in only what the lanes can soon take
     block_mb: int  # a block of PCM is what one engine task takes and one write commits: 32 s of audio a MB
     write_tasks: int = _WRITE_TASKS
 
     def describe(self) -> str:
         where = f"{self.engine_gpus:g} GPU" if self.engine_gpus else f"{self.engine_cpus:g} CPU"
         engines = f"1 engine on {where}" if self.engines == 1 else f"{self.engines} engines on {where} each"
-        calls = (
-            f"{self.calls_per_engine} calls in flight of {self.units_per_call} Unit{'s' * (self.units_per_call > 1)}"
-        )
+        units = self.units_per_call
+        many = f"{32 * self.block_mb} s of audio" if units is None else f"{units} Unit{'s' * (units > 1)}"
+        calls = f"{self.calls_per_engine} calls in flight of {many}"
         return f"{engines} ({calls}), decoding on {self.decode_tasks * self.decode_cpus:g} CPU"
 
 
@@ -68,6 +68,9 @@ def size_pools(nodes: Sequence[Node], config: Config) -> Pools:
     engines = _given(config.pool.engines, max(1, int(fitting)))
     # A Unit of `sequential` may be two hours, 230 MB: never several in one call.
     batched = bool(engine_gpus) and config.algorithm == "windows"
+    # Clips of 30 s are a window each: so many calls must be in flight that their windows fill the lanes twice, 16 on a
+    # CPU and 256 on a GPU. Longer Units wait in the stage, not in the engine (`stages.Door`).
+    calls = 30 if engine_gpus else 32
     return Pools(
         engines=engines,
         engine_cpus=engine_cpus,
@@ -75,8 +78,8 @@ def size_pools(nodes: Sequence[Node], config: Config) -> Pools:
         threads=None if engine_gpus else max(1, int(engine_cpus)),
         decode_tasks=_given(config.pool.decode_tasks, max(1, int(cpus - engines * engine_cpus))),
         decode_cpus=1.0 if cpus >= 2 else 0.5,
-        units_per_call=_given(config.pool.units_per_call, 8 if batched else 1),
-        calls_per_engine=_given(config.pool.calls_per_engine, 6 if engine_gpus else 2),
+        units_per_call=config.pool.units_per_call or (8 if batched else 1 if engine_gpus else None),
+        calls_per_engine=_given(config.pool.calls_per_engine, calls),
         block_mb=16 if batched else 1,
     )
 

@@ -17,8 +17,8 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,7 @@ from pipeline.manifest import store_of
 from pipeline.schema import UNITS, to_table, unit_row
 from pipeline.stitch import failed_unit
 from pipeline.todo import from_json, to_json
-from pipeline.types import Failure, Recording, Unit, UnitResult
+from pipeline.types import SAMPLE_RATE, DecodeOptions, Failure, Recording, Unit, UnitResult
 from pipeline.units import read_units
 
 log = logging.getLogger(__name__)
@@ -174,11 +174,13 @@ class EngineStage:
     def __init__(self, config: Config, engine: EngineConfig, census: Any = None, alone: bool = False) -> None:
         self._options = config.decode_options()
         self._census, self._alone, self._turn = census, alone, asyncio.Lock()
+        self._door = Door()
         self._engine: Engine | MurmurError
         try:
             self._name = _register(census)
             self._engine = load_engine(engine)
             log.info("engine: %s", self._engine.info)
+            self._door.limit = 2 * self._engine.info.lanes
             exit_when_stuck(self._engine, config.engine_timeout_s)
         except MurmurError as error:
             # Raised here it would reach the driver as text inside a dead actor's traceback; from a call it arrives.
@@ -219,9 +221,44 @@ class EngineStage:
             error = WorkerCrashError(f"the engine's process died with this Unit alone in it, {ALONE} times")
             return failed_unit(unit, failure_of(error, "engine", attempts=ALONE + 1))
         try:
-            return await engine.submit(unit, self._options)
+            async with self._door.opened(_n_windows(unit, self._options)):
+                return await engine.submit(unit, self._options)
         except (EngineError, ConfigError) as error:  # the latter: what a manifest line asks of this model
             return failed_unit(unit, failure_of(error, "engine"))
+
+
+class Door:
+    """Lets Units into the engine in their order, until their windows fill its lanes twice.
+
+    The engine shares its lanes fairly: with more Units in it than it needs, all would end late, and a kill would cost
+    what each had so far.
+    """
+
+    def __init__(self, limit: int = 1) -> None:
+        self.limit = limit  # windows
+        self._inside = 0
+        self._changed = asyncio.Condition()
+        self._queue = asyncio.Lock()  # fair: who came first goes in first, also a long one
+
+    @asynccontextmanager
+    async def opened(self, windows: int) -> AsyncIterator[None]:
+        """Within the body, so many windows are inside."""
+        async with self._queue, self._changed:
+            await self._changed.wait_for(lambda: self._inside < self.limit)
+            self._inside += windows
+        try:
+            yield
+        finally:
+            async with self._changed:
+                self._inside -= windows
+                self._changed.notify_all()
+
+
+def _n_windows(unit: Unit, options: DecodeOptions) -> int:
+    """How many of its windows can be in lanes at once, about."""
+    if options.algorithm == "sequential":
+        return 1
+    return max(1, -(-unit.n_samples // (options.chunk_length_s * SAMPLE_RATE)))
 
 
 async def _ready(result: UnitResult) -> UnitResult:

@@ -31,7 +31,7 @@ def test_the_pools_fit_the_cluster(nodes: list[Node], engine: str) -> None:
     assert pools.engines * pools.engine_cpus + pools.decode_tasks * pools.decode_cpus <= cpus
     assert pools.engines * pools.engine_gpus <= gpus
     assert any(node.cpus >= pools.engine_cpus and node.gpus >= pools.engine_gpus for node in nodes)
-    assert min(pools.engines, pools.decode_tasks, pools.units_per_call, pools.calls_per_engine) >= 1
+    assert min(pools.engines, pools.decode_tasks, pools.units_per_call or 1, pools.calls_per_engine) >= 1
 
 
 def test_engines_go_to_the_gpus() -> None:
@@ -42,9 +42,9 @@ def test_engines_go_to_the_gpus() -> None:
     assert size_pools([Node(32, 8)], load_config(sets=["engine=fake"], env={})).engine_gpus == 0
 
 
-def test_a_cpu_engine_has_threads_and_one_unit_a_call() -> None:
+def test_a_cpu_engine_has_threads_and_takes_a_block_a_call() -> None:
     pools = size_pools(LAPTOP, load_config(env={}))
-    assert (pools.engines, pools.threads, pools.units_per_call, pools.decode_tasks) == (1, 2, 1, 2)
+    assert (pools.engines, pools.threads, pools.units_per_call, pools.decode_tasks) == (1, 2, None, 2)
 
 
 def test_two_hours_of_audio_are_never_batched() -> None:
@@ -57,6 +57,13 @@ def test_a_gpu_that_is_asked_for_must_be_there() -> None:
         size_pools(LAPTOP, load_config(sets=["device=cuda"], env={}))
     will_scale_up = load_config(sets=["device=cuda", "pool.engines=4"], env={})
     assert size_pools(LAPTOP, will_scale_up).engines == 4
+
+
+@pytest.mark.parametrize(("nodes", "lanes"), [(LAPTOP, 16), ([Node(16, 1)], 256)])
+def test_clips_of_thirty_seconds_fill_the_lanes(nodes: list[Node], lanes: int) -> None:
+    pools = size_pools(nodes, load_config(env={}))
+    clips_per_call = max(1, 32 * pools.block_mb // 30)
+    assert pools.calls_per_engine * clips_per_call >= 1.5 * lanes
 
 
 def test_settings_win_over_rules() -> None:

@@ -17,7 +17,7 @@ from pipeline.config import Config, Fault
 from pipeline.engine import engine_config
 from pipeline.engine.fake import Faults
 from pipeline.errors import StoreError
-from pipeline.stages import UNIT_ROW, EngineStage, decode, fail_before_commit, rows_of, unit_from_row, unit_to_row
+from pipeline.stages import UNIT_ROW, Door, EngineStage, decode, fail_before_commit, rows_of, unit_from_row, unit_to_row
 from pipeline.types import Failure, Recording, Unit, UnitResult
 
 RECORDING = Recording(id="a", uri="a.wav", reference="hello", metadata='{"k": [1]}')
@@ -135,3 +135,25 @@ def test_a_fault_in_the_sink_strikes_between_the_two_objects() -> None:
     fail_before_commit(pa.table({"recording_id": ["a", "c"]}), faults)
     with pytest.raises(StoreError):
         fail_before_commit(pa.table({"recording_id": ["a", "b"]}), faults)
+
+
+def test_units_go_in_as_they_came_until_the_lanes_are_filled_twice() -> None:
+    entered: list[tuple[int, int]] = []  # (which, windows of the others that were inside)
+    inside: dict[int, int] = {}
+
+    async def unit(door: Door, i: int, windows: int) -> None:
+        async with door.opened(windows):
+            entered.append((i, sum(inside.values())))
+            inside[i] = windows
+            await asyncio.sleep(0.001)
+            del inside[i]
+
+    async def all_of() -> None:
+        door = Door(limit=4)
+        await asyncio.gather(*(unit(door, i, 10 if i == 3 else 1) for i in range(12)))
+
+    asyncio.run(all_of())
+    assert [i for i, _ in entered] == list(range(12))
+    assert [others for _, others in entered[:4]] == [0, 1, 2, 3]  # a long one goes in while there is room for one
+    assert max(others for _, others in entered) == 3
+    assert entered[4][1] == 0  # nobody beside it

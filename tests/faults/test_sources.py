@@ -1,4 +1,4 @@
-"""Sources that refuse, under the job on a real Ray: tried last once more, and a store that refuses all stops the run."""
+"""Sources that refuse, under the job on a real Ray: tried last once more; a store that refuses all stops the run."""
 
 from __future__ import annotations
 
