@@ -61,41 +61,40 @@ def run(
     """
     console = console or Console(stderr=True)
     with Cluster(config.ray) as cluster:
-        listed = [todo.item(recording) for recording in read_inputs(inputs)] if inputs or not retry else []
+        listed = todo.Listing(read_inputs(inputs) if inputs or not retry else ())
         output = begin(output_uri, config, len(listed), cluster)
         with Lease.acquire(output.store) as lease:
             ledger = Ledger.read(output.store, output.run.n_shards)
             if not retry:
-                write_inputs(output.store, (todo.from_json(item.recording) for item in listed))
-            items = todo.failed(listed, ledger) if retry else todo.missing(listed, ledger)
+                write_inputs(output.store, listed.recordings())
+            left = todo.failed(listed if inputs else None, ledger) if retry else todo.missing(listed, ledger)
             round = ledger.next_round() if retry else 0
-            work = transcribe(items, round, output, config, cluster, console) if items else None
+            work = transcribe(left, round, output, config, cluster, console) if len(left) else None
             success = finalize(output, use_ray=cluster.is_connected and output.run.n_shards > 1, lease=lease)
     return Summary.of(success, work, exit_code(success.counts, config))
 
 
-def transcribe(
-    items: Sequence[todo.Item], round: int, output: Output, config: Config, cluster: Cluster, console: Console
-) -> Work:
-    """Run `items` through the dataflow, showing how far it is."""
+def transcribe(left: todo.Todo, round: int, output: Output, config: Config, cluster: Cluster, console: Console) -> Work:
+    """Run what is `left` through the dataflow, showing how far it is."""
     pools = size_pools(cluster.nodes(), config)
-    console.print(f"{number_of(len(items))} to do: {pools.describe()}, in {output.run.keys['dtype']}")
-    standing = Standing(output, [todo.from_json(item.recording).id for item in items], round)
+    console.print(f"{number_of(len(left))} to do: {pools.describe()}, in {output.run.keys['dtype']}")
+    standing = Standing(output, len(left), round)
     began = time.monotonic()
     with progress(standing, console), plain_errors(), counting_processes() as census:
-        for one in passes(items, round, output, pools, census):
+        for one in passes(left, round, output, pools, census):
             if one.why:
-                console.print(f"{number_of(len(one.items))} {one.why}")
-            dataflow(one, output, config, census)
+                console.print(f"{number_of(len(one.left))} {one.why}")
+            with one.left.put(output.store, one.pools.decode_tasks) as blocks:
+                dataflow(blocks, one, output, config, census)
     wall_s = time.monotonic() - began
-    return Work(recordings=len(items), audio_s=standing.look().audio_s, wall_s=wall_s, pools=pools.describe())
+    return Work(recordings=len(left), audio_s=standing.look().audio_s, wall_s=wall_s, pools=pools.describe())
 
 
 @dataclass(frozen=True, slots=True)
 class Pass:
     """One time through the dataflow."""
 
-    items: Sequence[todo.Item]
+    left: todo.Todo
     round: int
     pools: Pools
     is_final: bool = False  # a source that fails now is a failed row
@@ -103,14 +102,14 @@ class Pass:
     why: str = ""  # in words, where it is not the first
 
 
-def passes(items: Sequence[todo.Item], round: int, output: Output, pools: Pools, census: Any) -> Iterator[Pass]:
-    """All of `items`; then those whose source failed, once more; last, alone, what was in an engine when it died.
+def passes(left: todo.Todo, round: int, output: Output, pools: Pools, census: Any) -> Iterator[Pass]:
+    """All that is `left`; then those whose source failed, once more; last, alone, what was in an engine when it died.
 
     What is left of a recording, the ledger says. Raises `StoreError` where a store that gave some refuses all now.
     """
     import ray
 
-    yield Pass(items, round, pools)
+    yield Pass(left, round, pools)
     if (deferred := ray.get(census.deferred.remote())).sources:
         refuse_if_down(ray.get(census.known_good.remote()))
         ray.get(census.next_pass.remote())
@@ -122,8 +121,8 @@ def passes(items: Sequence[todo.Item], round: int, output: Output, pools: Pools,
         yield Pass(left, round, one, is_final=True, alone=True, why="were in an engine that died, and are run alone")
 
 
-def dataflow(one: Pass, output: Output, config: Config, census: Any) -> None:
-    """Every Unit still to do of the recordings in this pass, committed one by one as they end."""
+def dataflow(blocks: todo.Blocks, one: Pass, output: Output, config: Config, census: Any) -> None:
+    """Every Unit still to do of the recordings in these blocks, committed one by one as they end."""
     import ray.data
     from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 
@@ -131,15 +130,20 @@ def dataflow(one: Pass, output: Output, config: Config, census: Any) -> None:
     from pipeline.stages import EngineStage, decode, fail_before_commit
 
     pools = one.pools
-    blocks = list(todo.blocks(todo.in_order(one.items), pools.decode_tasks))
     faults = Faults(config.fake.faults, f"{output.store.uri}/_run/faults") if config.engine == "fake" else None
     engine = _engine(config, output, pools, faults)
     DataContext.get_current().target_max_block_size = pools.block_mb << 20
     (
-        ray.data.from_arrow(blocks)
+        ray.data.from_arrow(blocks.tables())
         .map_batches(
             decode,
-            fn_kwargs={"config": config, "faults": faults, "census": census, "is_final": one.is_final},
+            fn_kwargs={
+                "source": blocks.source,
+                "config": config,
+                "faults": faults,
+                "census": census,
+                "is_final": one.is_final,
+            },
             batch_format="pyarrow",
             batch_size=None,
             compute=TaskPoolStrategy(size=min(pools.decode_tasks, len(blocks))),
@@ -237,15 +241,15 @@ def resolve_dtype(uri: str, config: Config, cluster: Cluster) -> str:
 
 def estimate(inputs: Sequence[str], output_uri: str, config: Config) -> todo.Estimate:
     """What a run would have to do: `--dry-run`. Writes nothing, starts nothing, refuses what the run would refuse."""
-    listed = [todo.item(recording) for recording in read_inputs(inputs)]
+    listed = todo.Listing(read_inputs(inputs))
     weights, revision = identify(config)
     try:
         output = read_output(output_uri)
     except OutputError:  # not begun yet
-        return todo.Estimate.of(listed, listed)
+        return todo.missing(listed, None).estimate
     dtype = output.run.keys["dtype"] if config.dtype == "auto" else config.dtype
     refuse_mismatch(output.store, output.run, _keys(config, dtype, weights, revision))
-    return todo.Estimate.of(listed, todo.missing(listed, Ledger.read(output.store, output.run.n_shards)))
+    return todo.missing(listed, Ledger.read(output.store, output.run.n_shards)).estimate
 
 
 def finalize_output(output_uri: str, config: Config) -> Success:

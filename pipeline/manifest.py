@@ -14,7 +14,6 @@ from __future__ import annotations
 import codecs
 import csv
 import functools
-import hashlib
 import io
 import itertools
 import json
@@ -23,13 +22,15 @@ import math
 import os
 import posixpath
 import re
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import fsspec
+import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import AudioError, ForbiddenError, ManifestError, NotFoundError, SourceError, redact
@@ -55,20 +56,43 @@ Row = tuple[int, dict[str, Any]]  # its line (or row) counted from 1, its keys
 
 
 def read_inputs(inputs: Sequence[str]) -> Iterator[Recording]:
-    """The Recordings of all `inputs`, in order. Raises `ManifestError` at the first thing that is wrong.
+    """The Recordings of all `inputs`, in order. Raises `ManifestError` at the first thing that is wrong, but for an
+    id that is given twice: that is said after the last one.
 
-    Rows are read as they are asked for; what stays in memory is some 150 bytes an id, to refuse the second of two.
-    A folder or a glob is listed at once, since it is sorted.
+    Rows are read as they are asked for; what stays in memory is eight bytes an id. A folder or a glob is listed at
+    once, since it is sorted.
     """
     if not inputs:
         raise ManifestError("no input was given")
     if not all(text.strip() for text in inputs):
         raise ManifestError("an input is an empty text: name a file, a folder, a glob or a manifest")
-    ids = _Ids()
-    for text in inputs:
-        for name, line, recording in _read_input(text):
-            ids.add(recording.id, name, line)
-            yield recording
+    hashes = array("q")
+    for recording in _read_all(inputs):
+        hashes.append(hash(recording.id))
+        yield recording
+    if repeated := _repeated(hashes):
+        _refuse_twice(recording for recording in _read_all(inputs) if hash(recording.id) in repeated)
+
+
+def _read_all(inputs: Sequence[str]) -> Iterator[Recording]:
+    return itertools.chain.from_iterable(map(_read_input, inputs))
+
+
+def _repeated(hashes: array[int]) -> set[int]:
+    ordered = np.sort(np.frombuffer(hashes, np.int64))
+    return set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+
+
+def _refuse_twice(suspects: Iterable[Recording]) -> None:
+    """Raise at the first id that comes again; two of one hash may still be two."""
+    sources: dict[str, str] = {}
+    for recording in suspects:
+        if recording.id in sources:
+            raise ManifestError(
+                f"the id {_short(recording.id)} is given twice: {sources[recording.id]} and {recording.source}"
+                " (slices of one file need ids of their own)"
+            )
+        sources[recording.id] = recording.source
 
 
 # ---- addresses and stores
@@ -87,6 +111,8 @@ _SHARED_ACCESS = re.compile(  # Azure's short names, which mean this only beside
 
 def public_uri(uri: str) -> str:
     """`uri` without user info and signing parameters: for tables, logs and messages."""
+    if "@" not in uri and "?" not in uri:
+        return uri
     has_query = any(_is_http(part) for part in uri.split("::"))  # elsewhere a ? is part of the name
     return "::".join(_public(part, has_query) for part in uri.split("::"))
 
@@ -188,31 +214,6 @@ class _Place:
         return "::".join([f"{first.partition('://')[0]}://{path}", *outer])
 
 
-@dataclass(slots=True)
-class _Ids:
-    """Where each id was given. Ten million of them fit in memory: a digest and a number each."""
-
-    names: list[str] = field(default_factory=list)
-    places: dict[int, int] = field(default_factory=dict)  # 96 bits of a digest → index into names x 2^40 + line
-
-    def add(self, recording_id: str, name: str, line: int) -> None:
-        if not self.names or self.names[-1] != name:
-            self.names.append(name)
-        digest = int.from_bytes(hashlib.blake2b(recording_id.encode(), digest_size=12).digest())
-        place = (len(self.names) - 1 << 40) + line
-        first = self.places.setdefault(digest, place)
-        if first != place:
-            earlier = _where(self.names[first >> 40], first & (1 << 40) - 1)
-            raise ManifestError(
-                f"the id {_short(recording_id)} is given twice: {earlier} and {_where(name, line)}"
-                " (slices of one file need ids of their own)"
-            )
-
-
-def _where(name: str, line: int) -> str:
-    return f"{name}:{line}" if line else name
-
-
 def _short(value: Any) -> str:
     text = redact(repr(value))
     return text if len(text) <= 200 else text[:200] + "..."
@@ -229,8 +230,7 @@ def _refusals(name: str) -> Iterator[None]:
         raise ManifestError(str(source_error(error, name))) from None
 
 
-def _read_input(text: str) -> Iterator[tuple[str, int, Recording]]:
-    """(name of the manifest or input, line or 0, Recording)"""
+def _read_input(text: str) -> Iterator[Recording]:
     name = public_uri(text)
     if text.lower().endswith(_TARS):
         raise ManifestError(f"{name}: tar shards are not supported yet")
@@ -248,7 +248,7 @@ def _is_pattern(place: _Place) -> bool:
     return any(mark in place.path for mark in "*?[") and not place.fs.exists(place.path)
 
 
-def _read_one(place: _Place) -> Iterator[tuple[str, int, Recording]]:
+def _read_one(place: _Place) -> Iterator[Recording]:
     place.fs.invalidate_cache()  # s3fs and others remember listings; files may have come since
     info = place.fs.info(place.path)
     suffix = _suffix(place.uri)
@@ -259,14 +259,14 @@ def _read_one(place: _Place) -> Iterator[tuple[str, int, Recording]]:
     elif suffix in _NO_AUDIO:
         raise ManifestError(f"{place.name}: neither a manifest (.jsonl, .csv, .parquet) nor an audio file")
     else:
-        yield place.name, 0, _found(place, place.path if place.is_local else place.uri, info)
+        yield _found(place, place.path if place.is_local else place.uri, info)
 
 
-def _read_folder(place: _Place) -> Iterator[tuple[str, int, Recording]]:
+def _read_folder(place: _Place) -> Iterator[Recording]:
     yield from _listed(place, place.fs.find(place.path, detail=True), place.path, AUDIO_EXTENSIONS)
 
 
-def _read_glob(place: _Place) -> Iterator[tuple[str, int, Recording]]:
+def _read_glob(place: _Place) -> Iterator[Recording]:
     """The audio files and manifests that match."""
     place.fs.invalidate_cache()
     found = place.fs.glob(place.path, detail=True)
@@ -278,7 +278,7 @@ def _read_glob(place: _Place) -> Iterator[tuple[str, int, Recording]]:
 
 def _listed(
     place: _Place, found: Mapping[str, Mapping[str, Any]], root: str, wanted: frozenset[str]
-) -> Iterator[tuple[str, int, Recording]]:
+) -> Iterator[Recording]:
     """What of a listing is `wanted`, sorted by path; the rest is counted and said."""
     others: Counter[str] = Counter()
     chosen = []
@@ -298,7 +298,7 @@ def _listed(
         if _suffix(path) in _READERS:
             yield from _read_manifest(_Place(public_uri(uri), uri, place.fs, path))
         else:
-            yield place.name, 0, _found(place, uri, found[path])
+            yield _found(place, uri, found[path])
 
 
 def _left_out(fs: Any, path: str, info: Mapping[str, Any], root: str, wanted: frozenset[str]) -> str | None:
@@ -330,16 +330,16 @@ def _found(place: _Place, uri: str, info: Mapping[str, Any]) -> Recording:
 # ---- manifests
 
 
-def _read_manifest(place: _Place) -> Iterator[tuple[str, int, Recording]]:
+def _read_manifest(place: _Place) -> Iterator[Recording]:
     base = posixpath.dirname(place.path) if place.is_local else _folder_of(place.uri)
     with place.fs.open(place.path, "rb") as file:
         for line, row in _READERS[_suffix(place.uri)](file, place.name):
-            where = _where(place.name, line)
+            where = f"{place.name}:{line}"
             try:
                 recording = _recording(row, base, where)
             except ValueError as error:
                 raise ManifestError(f"{where}: {error}") from None
-            yield place.name, line, recording
+            yield recording
 
 
 def _lines(file: Any, name: str) -> Iterator[tuple[int, str]]:
@@ -426,16 +426,15 @@ def _parquet_rows(file: Any, name: str) -> Iterator[Row]:
         for column in table.schema_arrow:
             if column.name in AUDIO_KEYS and pa.types.is_struct(column.type):
                 raise ManifestError(f"{name}: audio inside Parquet (column {column.name!r}) is not supported yet")
+        numbers = [column.name for column in table.schema_arrow if pa.types.is_floating(column.type)]
         rows = (row for batch in table.iter_batches(1024) for row in batch.to_pylist())
         for line, row in enumerate(rows, 1):
-            yield line, {key: None if _is_nan(value) else value for key, value in row.items()}
+            for key in numbers:
+                if row[key] != row[key]:  # the NaN that pandas and others write for a missing number
+                    row[key] = None
+            yield line, row
     except pa.ArrowException as error:
         raise ManifestError(f"{name}: not Parquet ({str(error).splitlines()[0]})") from None
-
-
-def _is_nan(value: Any) -> bool:
-    """Whether a table's value is the NaN that pandas and others write for a missing number."""
-    return isinstance(value, float) and math.isnan(value)
 
 
 _READERS: dict[str, Callable[[Any, str], Iterator[Row]]] = {
@@ -525,7 +524,7 @@ def _task(row: Mapping[str, Any]) -> Task | None:
 
 def _metadata(row: Mapping[str, Any]) -> str | None:
     rest = {key: value for key, value in row.items() if key not in _KEYS}
-    return json.dumps(rest, sort_keys=True, ensure_ascii=False, allow_nan=False, default=_plain) if rest else None
+    return _JSON.encode(rest) if rest else None
 
 
 def _plain(value: Any) -> str:
@@ -535,12 +534,17 @@ def _plain(value: Any) -> str:
     return str(value)
 
 
+_JSON = json.JSONEncoder(sort_keys=True, ensure_ascii=False, allow_nan=False, default=_plain)
+
+
 def _resolve(value: str, base: str) -> str:
     """The uri that a line's `value` means, in a manifest that lies in the folder `base`."""
     scheme, mark, path = value.partition("://")
     if mark:
         if scheme.lower() in ("file", "local") and "::" not in value:
             return os.path.abspath(path)
+        if "::" not in value and scheme in _protocols():
+            return value  # nearly all: said at once, since there may be millions
         if unknown := [name for name in re.findall(r"([\w+.-]+)://", value) if name.lower() not in _protocols()]:
             raise ValueError(f"nothing is known that opens {unknown[0]}://")
         return value

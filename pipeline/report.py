@@ -313,22 +313,29 @@ class Step:
 
 
 class Standing:
-    """How far the run is that is to do the recordings `ids` in `round`, as the ledger says."""
+    """How far a run is that is to do `total` recordings in `round`, as the ledger says.
 
-    def __init__(self, output: Output, ids: Sequence[str], round: int) -> None:
-        self.total = len(ids)
+    It has the output's lease: what has ended since it began, it has ended itself, and no list of ids is needed.
+    """
+
+    def __init__(self, output: Output, total: int, round: int) -> None:
+        self.total = total
         self._ledger = Ledger.read(output.store, output.run.n_shards)
-        self._ids, self._round = pa.array(ids, pa.string()), round
-        self._before_s = self._audio_s()
+        self._round = round
+        self._before = self._step()
 
     def look(self) -> Step:
         self._ledger.refresh()
+        now, before = self._step(), self._before
+        return Step(now.done - before.done, now.failed - before.failed, now.audio_s - before.audio_s)
+
+    def _step(self) -> Step:
+        """All that has ended by now, but for what is still to be retried."""
         rows = self._ledger.recordings()
-        rows = rows.filter(pc.is_in(rows["recording_id"], self._ids))
-        rows = rows.filter(pc.invert(pc.is_in(rows["recording_id"], self._waiting())))
         ended = rows.filter(pc.not_equal(rows["status"], "partial"))
+        ended = ended.filter(pc.invert(pc.is_in(ended["recording_id"], self._waiting())))
         failed = pc.sum(pc.equal(ended["status"], "failed")).as_py() or 0
-        return Step(len(ended), failed, self._audio_s() - self._before_s)
+        return Step(len(ended), failed, self._audio_s())
 
     def _waiting(self) -> pa.Array:
         """Recordings with a Unit that failed in an earlier round and was not redone yet."""
@@ -338,7 +345,7 @@ class Standing:
 
     def _audio_s(self) -> float:
         units = self._ledger.winners
-        mine = pc.and_(pc.is_in(units["recording_id"], self._ids), pc.greater_equal(units["round"], self._round))
+        mine = pc.greater_equal(units["round"], self._round)
         return seconds(pc.sum(units.filter(mine)["n_samples"]).as_py() or 0)
 
 

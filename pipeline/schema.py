@@ -36,7 +36,7 @@ def _list(kind: pa.DataType) -> pa.DataType:
 
 _TEXTS = _list(pa.string())
 
-_RECORDING = pa.struct(
+RECORDING = pa.struct(
     [
         _need("id", pa.string()),
         _need("uri", pa.string()),  # public: no signature, no user info
@@ -95,7 +95,7 @@ UNITS = pa.schema(
         _need("is_last", pa.bool_()),
         _need("start", pa.int64()),  # samples
         _need("n_samples", pa.int64()),
-        _need("recording", _RECORDING),
+        _need("recording", RECORDING),
         _need("segments", _list(_SEGMENT)),
         _need("skipped", _list(_SKIP)),
         pa.field("speech", pa.int64()),

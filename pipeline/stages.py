@@ -1,6 +1,6 @@
 """The callables that Ray Data runs in its workers: each a few lines over a pure function, and the row between them.
 
-    decode: todo rows → rows of one Unit each      EngineStage: rows of Units → rows to commit
+    decode: blocks of todo → rows of one Unit each      EngineStage: rows of Units → rows to commit
 
 Every batch crosses as an Arrow table with a schema of ours, so that no column's type hangs on what happens to be in
 a block: an all-null column is typed, a block of equal lengths is like any other. PCM is `binary` (the int16 samples'
@@ -42,7 +42,7 @@ from pipeline.errors import (
 from pipeline.manifest import store_of
 from pipeline.schema import UNITS, to_table, unit_row
 from pipeline.stitch import failed_unit
-from pipeline.todo import from_json, to_json
+from pipeline.todo import Source, from_json, to_json
 from pipeline.types import SAMPLE_RATE, DecodeOptions, Failure, Recording, Unit, UnitResult
 from pipeline.units import read_units
 
@@ -64,23 +64,28 @@ UNIT_ROW = pa.schema(
 
 
 def decode(
-    todo: pa.Table, config: Config, faults: Faults | None = None, census: Any = None, is_final: bool = True
+    blocks: pa.Table,
+    source: Source,
+    config: Config,
+    faults: Faults | None = None,
+    census: Any = None,
+    is_final: bool = True,
 ) -> Iterator[pa.Table]:
-    """One row for each Unit still to be done of the recordings in `todo`; what cannot be read is a row too.
+    """One row for each Unit still to be done of the recordings in `blocks`; what cannot be read is a row too.
 
     Every recording is read from its start, also where some of its Units are done: only so are they cut the same way.
     With a `census` (the handle of a `pipeline.census.Census`), a source that fails is put off unless the pass
     `is_final`. Raises `StoreError` where a store refuses everything.
     """
-    rows = todo.to_pylist()
-    block = _Block(census, rows[0]["recording"], is_final) if census is not None and rows else None
-    for row in rows:
-        recording, done = from_json(row["recording"]), frozenset(row["done"])
-        items = _still_to_do(_read(recording, config, faults), done, row["gap_start"])
-        for item in items if block is None else block.watched(row["recording"], recording, items):
-            yield pa.Table.from_pylist([unit_to_row(item)], schema=UNIT_ROW)
-    if block is not None:
-        block.close()
+    for place in blocks.to_pylist():
+        items = source.read(**place)
+        block = _Block(census, items[0].recording.id, is_final) if census is not None else None
+        for item in items:
+            units = _still_to_do(_read(item.recording, config, faults), item.done, item.gap_start)
+            for unit in units if block is None else block.watched(item.recording, units):
+                yield pa.Table.from_pylist([unit_to_row(unit)], schema=UNIT_ROW)
+        if block is not None:
+            block.close()
 
 
 class _Block:
@@ -95,10 +100,8 @@ class _Block:
         self._read: dict[str, str] = {}  # by store, the last recording that was read
         self._deaths = ray.get(census.opened.remote(name, context.get_worker_id(), context.get_node_id()))
 
-    def watched(
-        self, text: str, recording: Recording, items: Iterable[Unit | UnitResult]
-    ) -> Iterator[Unit | UnitResult]:
-        """`items` of this recording (`text` is its JSON), but for what is put off."""
+    def watched(self, recording: Recording, items: Iterable[Unit | UnitResult]) -> Iterator[Unit | UnitResult]:
+        """`items` of this recording, but for what is put off."""
         if self._deaths and ray.get(self._census.is_deadly.remote(self._name, recording.id)):
             error = WorkerCrashError(f"{BLOCK_DEATHS} decode processes died while they read this recording")
             yield _unread(recording, error, attempts=BLOCK_DEATHS)
@@ -106,19 +109,19 @@ class _Block:
         for item in items:
             failure = item.failure if isinstance(item, UnitResult) else None
             if failure is not None and failure.kind in LATER and not self._is_final:
-                self._put_off(text, recording, failure)
+                self._put_off(recording, failure)
                 return
             yield item
-        self._read[store_of(recording.uri)] = text
+        self._read[store_of(recording.uri)] = to_json(recording)
 
     def close(self) -> None:
         self._census.closed.remote(self._name, list(self._read.items()))
 
-    def _put_off(self, text: str, recording: Recording, failure: Failure) -> None:
+    def _put_off(self, recording: Recording, failure: Failure) -> None:
         store = store_of(recording.uri)
         if store in self._read:
             self._census.answered.remote(store, self._read.pop(store))  # in order, so the count begins anew
-        if not ray.get(self._census.refused.remote(store, text, failure.kind)):
+        if not ray.get(self._census.refused.remote(store, to_json(recording), failure.kind)):
             raise StoreError(
                 f"{store} refuses: more than {IN_A_ROW} recordings in a row could not be read, the last one with"
                 f" «{failure.message}»; they are not marked as failed, and the same command goes on with them"

@@ -66,12 +66,12 @@ class Store:
                 fs.pipe_file(path, data)  # it knows no conditional write
         return True
 
-    def get(self, name: str) -> bytes | None:
-        """The whole object `name`, or None where there is none."""
+    def get(self, name: str, start: int | None = None, stop: int | None = None) -> bytes | None:
+        """The object `name`, or its bytes [start, stop); None where there is none."""
         fs, path = self._find(name)
         with self._refusals("read", name):
             try:
-                return bytes(fs.cat_file(path))
+                return bytes(fs.cat_file(path, start=start, end=stop))
             except (FileNotFoundError, NotADirectoryError):
                 return None
 

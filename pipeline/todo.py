@@ -1,8 +1,10 @@
 """What a run still has to do, in the order and the portions in which it is handed out.
 
-The longest recordings first: one of ten hours begun last would leave a cluster waiting for it alone. Only what is
-needed of each recording is held, as JSON, some 400 bytes of a driver's memory for a line of the manifest. Knows the
-ledger, and nothing of Ray.
+    Listing (all that was asked for)  -  ledger  =  Todo  →  Blocks (an object in the output; Ray gets places in it)
+
+The longest recordings first: one of ten hours begun last would leave a cluster waiting for it alone. Nothing here
+grows with the manifest but eight bytes a recording: items wait in temporary files, are compared with the ledger some
+ten thousand at a time, and reach a decode task from the store, past the driver. Knows the ledger, nothing of Ray.
 """
 
 from __future__ import annotations
@@ -10,135 +12,68 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import tempfile
+import uuid
+import weakref
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import pairwise
+from operator import attrgetter
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from cryptography.fernet import Fernet
+from numpy.typing import NDArray
 
-from pipeline.ledger import Ledger, data_path
-from pipeline.types import Recording, seconds
+from pipeline.errors import StoreError
+from pipeline.ledger import Ledger, begins, data_path
+from pipeline.schema import RECORDING
+from pipeline.store import Store
+from pipeline.types import SAMPLE_RATE, Recording
 
 log = logging.getLogger(__name__)
 
-MAX_ROWS, MAX_S = 32, 600  # of one block, the work of one decode task
+MAX_ROWS, MAX_S = 32, 600  # of one block
+MAX_TASKS = (
+    2_000  # decode tasks of a pass: each costs the driver 40 KB and Ray 10 ms; beyond, a task has several blocks
+)
+FOLDER = "_run/todo"
+
+_FEW = 2_048  # recordings that are objects at a time
+_MANY = 65_536  # rows of Arrow data that are looked at together, some 20 MB
+_PAGE = 512  # recordings that are packed together, some 30 KB; a block is a part of a page
 
 # Bytes of a second of audio, to guess a length from a size: 16 kHz int16, half of that, 96 kbit/s for the rest.
-_BYTES_PER_S = {"wav": 32_000, "aiff": 32_000, "flac": 16_000}
+_BYTES_PER_S = {"wav|aiff": 32_000, "flac": 16_000}
 _OTHER_BYTES_PER_S = 12_000
 
-TODO = pa.schema(
+_FIELDS = tuple(field.name for field in dataclasses.fields(Recording))
+ITEM = pa.schema(
     [
-        ("recording", pa.string()),  # JSON of every field of `Recording`
-        ("done", pa.list_(pa.int32())),  # its Units that are committed already
-        ("gap_start", pa.int64()),  # the sample at which the first Unit that is not done begins; see `Item`
+        *RECORDING,
+        pa.field("done", pa.list_(pa.int32())),  # see `Item`
+        pa.field("gap_start", pa.int64()),
     ]
 )
+
+
+PLACE = ("start", "stop", "first", "last")  # of a block; see `Source.read`
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
     """A recording and what of it is done."""
 
-    recording: str  # JSON
-    done: tuple[int, ...] = ()
+    recording: Recording
+    done: frozenset[int] = frozenset()  # its Units that are committed already
     # Where the first Unit that is not done begins: there a failure is booked if the audio cannot be read any more.
     # None: it is not booked, as in a retry, where one stands already.
     gap_start: int | None = None
-    hint_s: float | None = None  # the manifest's length
-    estimate_s: float | None = None  # that, else a guess from the size
-
-
-def item(recording: Recording, done: Iterable[int] = (), gap_start: int | None = None) -> Item:
-    return Item(to_json(recording), tuple(sorted(done)), gap_start, hint_s(recording), estimate_s(recording))
-
-
-def to_json(recording: Recording) -> str:
-    return json.dumps(dataclasses.asdict(recording))
-
-
-def from_json(text: str) -> Recording:
-    return Recording(**json.loads(text))
-
-
-def missing(listed: Iterable[Item], ledger: Ledger) -> list[Item]:
-    """Of `listed`, those that are neither done nor failed; the Units that a killed run left of them stay."""
-    resume = ledger.resume()
-    starts = _gap_starts(ledger, resume.partial.keys())
-    found, changed = [], 0
-    for it in listed:
-        recording = from_json(it.recording)
-        changed += resume.is_changed(recording)
-        if recording.id in resume.partial:
-            found.append(item(recording, resume.partial[recording.id], starts[recording.id]))
-        elif recording.id not in resume.ok and recording.id not in resume.failed:
-            found.append(it)
-    if changed:
-        log.warning("%d recordings have other bytes now than when they were read; they are not read again", changed)
-    return found
-
-
-def failed(listed: Sequence[Item], ledger: Ledger) -> list[Item]:
-    """The failed ones among `listed`, or all that the ledger knows, with the Units of each that are well."""
-    well = ledger.resume().failed
-    recordings = (from_json(it.recording) for it in listed) if listed else _committed(ledger, well.keys())
-    return [item(recording, well[recording.id]) for recording in recordings if recording.id in well]
-
-
-def again(recordings: Iterable[str], ledger: Ledger, round: int) -> list[Item]:
-    """What is left to do of these recordings (JSON) in the run (`round` 0), or the retry, that has begun with them."""
-    of = {from_json(text).id: text for text in recordings}
-    rows = _units(ledger, of, "index", "is_last", "ok", "round")
-    by_id = {name: list(units) for name, units in groupby(rows, key=lambda row: row["recording_id"])}
-    starts = {} if round else _gap_starts(ledger, of)
-    left = []
-    for name, text in of.items():
-        done = {unit["index"]: unit["is_last"] for unit in by_id.get(name, ()) if unit["ok"] or unit["round"] >= round}
-        last = min((index for index, is_last in done.items() if is_last), default=None)
-        if last is None or any(index not in done for index in range(last)):
-            left.append(item(from_json(text), done, None if round else starts.get(name)))
-    return left
-
-
-def in_order(items: Iterable[Item]) -> list[Item]:
-    """The longest first; those of unknown length after them, in the manifest's order."""
-    return sorted(items, key=lambda it: -(it.estimate_s or 0.0))
-
-
-def blocks(items: Sequence[Item], tasks: int) -> Iterator[pa.Table]:
-    """`items` in portions of at most MAX_ROWS recordings and MAX_S seconds, a longer recording alone.
-
-    Few items make smaller ones, so that each of `tasks` decode tasks has several to take.
-    """
-    rows = max(1, min(MAX_ROWS, len(items) // (4 * tasks)))
-    block: list[Item] = []
-    length_s = 0.0
-    for it in items:
-        its_s = it.estimate_s or 0.0
-        if block and (len(block) == rows or length_s + its_s > MAX_S):
-            yield _table(block)
-            block, length_s = [], 0.0
-        block.append(it)
-        length_s += its_s
-    if block:
-        yield _table(block)
-
-
-def hint_s(recording: Recording) -> float | None:
-    """The length that the manifest says, in seconds."""
-    return seconds(recording.length) if recording.length is not None else recording.duration_s
-
-
-def estimate_s(recording: Recording) -> float | None:
-    """That, or a guess from the size; None where neither is known."""
-    hint = hint_s(recording)
-    if hint is not None or recording.size is None:
-        return hint
-    suffix = recording.uri.partition("?")[0].rpartition(".")[2].lower()
-    return recording.size / _BYTES_PER_S.get(suffix, _OTHER_BYTES_PER_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,46 +86,345 @@ class Estimate:
     guessed_s: float  # by sizes, where it gives no length
     unknown: int  # recordings of which neither is known
 
+
+def to_json(recording: Recording) -> str:
+    return json.dumps(dataclasses.asdict(recording))
+
+
+def from_json(text: str) -> Recording:
+    return Recording(**json.loads(text))
+
+
+# ---- what is to do
+
+
+class Listing:
+    """All recordings that a run was asked for, in the order given."""
+
+    def __init__(self, recordings: Iterable[Recording]) -> None:
+        self._spool = _Spool()
+        for some in _few(recordings):
+            self._spool.append(_table([Item(recording) for recording in some]))
+
+    def __len__(self) -> int:
+        return self._spool.n_rows
+
+    def tables(self) -> Iterator[pa.Table]:
+        """Tables of `ITEM`."""
+        return self._spool.tables()
+
+    def recordings(self) -> Iterator[Recording]:
+        return (item.recording for table in self.tables() for item in _items(table))
+
+
+class Todo:
+    """The items of one pass, in the order they were listed in; `put` orders them and hands them out."""
+
+    def __init__(self, tables: Iterable[pa.Table], n_listed: int | None = None) -> None:
+        self._spool = _Spool()
+        lengths, hinted = [np.zeros(0)], 0.0
+        for table in tables:
+            hint, length_s = _lengths(table)
+            hinted += pc.sum(hint).as_py() or 0.0
+            lengths.append(length_s.to_numpy(zero_copy_only=False))
+            self._spool.append(table)
+        self._length_s: NDArray[np.float64] = np.concatenate(lengths)  # NaN: unknown
+        total = float(np.nansum(self._length_s))
+        unknown = int(np.isnan(self._length_s).sum())
+        n_listed = len(self) if n_listed is None else n_listed
+        self.estimate = Estimate(n_listed, len(self), hinted, total - hinted, unknown)
+
     @classmethod
-    def of(cls, listed: Sequence[Item], missing: Sequence[Item]) -> Estimate:
-        hinted = sum(it.hint_s or 0.0 for it in missing)
-        guessed = sum(it.estimate_s or 0.0 for it in missing if it.hint_s is None)
-        return cls(len(listed), len(missing), hinted, guessed, sum(it.estimate_s is None for it in missing))
+    def of(cls, items: Iterable[Item]) -> Todo:
+        return cls(map(_table, _few(items)))
 
+    def __len__(self) -> int:
+        return self._spool.n_rows
 
-def _table(items: Sequence[Item]) -> pa.Table:
-    rows = [{"recording": it.recording, "done": it.done, "gap_start": it.gap_start} for it in items]
-    return pa.Table.from_pylist(rows, schema=TODO)
+    @contextmanager
+    def put(self, store: Store, tasks: int, max_rows: int = MAX_ROWS) -> Iterator[Blocks]:
+        """The items in blocks of at most `max_rows` recordings and MAX_S seconds, a longer recording alone.
 
+        The longest first, those of unknown length after them in the order given. Few items make smaller blocks, so
+        that each of `tasks` decode tasks has several to take. The blocks are one object of `store`, there until the
+        body ends; whoever calls this holds the output's lease, so what else lies in its folder is a dead driver's.
+        """
+        for name in store.sizes(FOLDER):
+            store.delete(f"{FOLDER}/{name}")
+        rows = max(1, min(max_rows, len(self) // (4 * tasks)))
+        source = Source(store, f"{FOLDER}/{uuid.uuid4().hex}", Fernet.generate_key())
+        try:
+            with store.open(source.name, "wb") as file:
+                places = [np.zeros((0, len(PLACE)), np.int64), *self._write(file, source, rows)]
+            blocks = Blocks(source, np.concatenate(places))
+            yield blocks
+        finally:
+            with suppress(StoreError):  # the next pass will
+                store.delete(source.name)
 
-def _gap_starts(ledger: Ledger, ids: Iterable[str]) -> Mapping[str, int]:
-    """For each of `ids` the samples in its Units 0, 1 ... up to the first that is missing."""
-    starts = {}
-    for recording_id, units in groupby(_units(ledger, ids, "index", "n_samples"), key=lambda row: row["recording_id"]):
+    def _write(self, file: Any, source: Source, rows: int) -> Iterator[NDArray[np.int64]]:
+        """Write the items page by page; the places of each page's blocks."""
         start = 0
-        for expected, unit in enumerate(units):
-            if unit["index"] != expected:
-                break
-            start += unit["n_samples"]
-        starts[recording_id] = start
-    return starts
+        for table, length_s in self._in_order():
+            for first in range(0, len(table), _PAGE):
+                stop = start + file.write(source.pack(table.slice(first, _PAGE)))
+                bounds = [0, *_cuts(length_s[first : first + _PAGE], rows), min(_PAGE, len(table) - first)]
+                yield np.array([(start, stop, *pair) for pair in pairwise(bounds)], np.int64)
+                start = stop
+
+    def _in_order(self) -> Iterator[tuple[pa.Table, NDArray[np.float64]]]:
+        """Some ten thousand rows at a time, sorted: each row goes to the file of its part of the whole, by its rank."""
+        length_s = np.nan_to_num(self._length_s)
+        order = np.argsort(-length_s, kind="stable")
+        rank = np.empty_like(order)
+        rank[order] = np.arange(len(order))
+        parts = [_Spool() for _ in range(0, len(order), _MANY)]
+        at = 0
+        for table in self._spool.tables():
+            part_of = rank[at : at + len(table)] // _MANY
+            at += len(table)
+            for part in np.unique(part_of).tolist():
+                parts[part].append(table.filter(pa.array(part_of == part)))
+        for number, part in enumerate(parts):
+            sorted_rows = order[number * _MANY : (number + 1) * _MANY]
+            table = pa.concat_tables(part.tables()).combine_chunks()
+            # The part holds its rows as they were listed; their places in it are the ranks of their numbers.
+            yield table.take(pa.array(np.argsort(np.argsort(sorted_rows)))), length_s[sorted_rows]
 
 
-def _committed(ledger: Ledger, ids: Iterable[str]) -> Iterator[Recording]:
+def missing(listed: Listing, ledger: Ledger | None) -> Todo:
+    """Of `listed`, those that are neither done nor failed; the Units that a killed run left of them stay.
+
+    Without a ledger nothing is done yet.
+    """
+    if ledger is None:
+        return Todo(listed.tables(), len(listed))
+    known = ledger.recordings()
+    begun = _units_done(ledger, _of_status(known, "partial"))
+    changed = 0
+
+    def left() -> Iterator[pa.Table]:
+        nonlocal changed
+        for table in listed.tables():
+            was = known.take(pc.index_in(table["id"], known["recording_id"]))
+            changed += _n_changed(table, was)
+            is_open = pc.fill_null(pc.equal(was["status"], "partial"), True)
+            yield _with_done(table.filter(is_open), begun)
+
+    todo = Todo(left(), len(listed))
+    if changed:
+        log.warning("%d recordings have other bytes now than when they were read; they are not read again", changed)
+    return todo
+
+
+def failed(listed: Listing | None, ledger: Ledger) -> Todo:
+    """The failed ones among `listed`, or (None) all that the ledger knows, with the Units of each that are well."""
+    ids = _of_status(ledger.recordings(), "failed")
+    well = _units_done(ledger, ids, ledger.next_round())
+    if listed is None:
+        committed = map(_table, _few(Item(recording) for recording in _committed(ledger, ids)))
+        return Todo(_with_done(table, well) for table in committed)
+    tables = (table.filter(pc.is_in(table["id"], ids)) for table in listed.tables())
+    return Todo((_with_done(table, well) for table in tables), len(listed))
+
+
+def again(recordings: Iterable[str], ledger: Ledger, round: int) -> Todo:
+    """What is left to do of these recordings (JSON) in the run (`round` 0), or the retry, that has begun with them."""
+    listed = Listing(map(from_json, recordings))
+    ids = pa.chunked_array([table["id"].combine_chunks() for table in listed.tables()], pa.string())
+    done = _units_done(ledger, ids, round)
+    whole = done.filter(done["is_whole"])["id"]
+    tables = (table.filter(pc.invert(pc.is_in(table["id"], whole))) for table in listed.tables())
+    return Todo(_with_done(table, done) for table in tables)
+
+
+def _of_status(recordings: pa.Table, status: str) -> pa.ChunkedArray:
+    return recordings.filter(pc.equal(recordings["status"], status))["recording_id"]
+
+
+def _n_changed(table: pa.Table, was: pa.Table) -> int:
+    """How many recordings have other bytes now than when they were done, as far as listings tell."""
+    differs = [pc.fill_null(pc.not_equal(table[name], was[name]), False) for name in ("size", "etag")]
+    return pc.sum(pc.or_(*differs)).as_py() or 0
+
+
+def _units_done(ledger: Ledger, ids: pa.ChunkedArray, round: int = 0) -> pa.Table:
+    """`id`, `done`, `gap_start` and whether it `is_whole`, of each of these recordings of which any Unit is done.
+
+    Those are done that are well or were committed in `round` or later: all of them for a run, which is round 0.
+    """
+    units = ledger.winners
+    is_done = pc.or_(units["ok"], pc.greater_equal(units["round"], round))
+    units = units.filter(pc.and_(is_done, pc.is_in(units["recording_id"], ids))).combine_chunks()
+    starts = np.flatnonzero(begins(units, "recording_id"))
+    sizes = np.diff(starts, append=len(units))
+    index, n_samples, is_last = (units[name].to_numpy() for name in ("index", "n_samples", "is_last"))
+    # Indices are distinct and sorted: before the first gap, and only there, each is its own rank.
+    has_all_before = index == np.arange(len(units)) - np.repeat(starts, sizes)
+    in_front = _per_group(np.where(has_all_before, n_samples, 0), starts)
+    columns = {
+        "id": units["recording_id"].take(pa.array(starts)),
+        "done": pa.ListArray.from_arrays(pa.array([*starts, len(units)], pa.int32()), pa.array(index, pa.int32())),
+        "gap_start": pa.nulls(len(starts), pa.int64()) if round else pa.array(in_front),
+        "is_whole": pa.array(_per_group((is_last & has_all_before).astype(np.int64), starts) > 0),
+    }
+    return pa.table(columns)
+
+
+def _per_group(rows: NDArray[np.int64], starts: NDArray[np.intp]) -> NDArray[np.int64]:
+    return np.add.reduceat(rows, starts) if len(starts) else np.zeros(0, np.int64)
+
+
+def _with_done(table: pa.Table, done: pa.Table) -> pa.Table:
+    """`table` with what `_units_done` says of its rows; null where it says nothing."""
+    found = done.take(pc.index_in(table["id"], done["id"]))
+    for name in ("done", "gap_start"):
+        table = table.set_column(ITEM.get_field_index(name), ITEM.field(name), found[name])
+    return table
+
+
+def _committed(ledger: Ledger, ids: pa.ChunkedArray) -> Iterator[Recording]:
     """The recordings as they were committed: with all of their manifest line, the address without its secrets."""
-    objects: dict[str, set[str]] = {}
-    for row in _units(ledger, ids, "index", "object"):
-        if row["index"] == 0:
-            objects.setdefault(row["object"], set()).add(row["recording_id"])
-    for name, wanted in objects.items():
+    mine = pc.and_(pc.is_in(ledger.winners["recording_id"], ids), pc.equal(ledger.winners["index"], 0))
+    firsts = ledger.winners.filter(mine).select(["object", "recording_id"]).sort_by("object")
+    for name in firsts["object"].unique().to_pylist():
         with ledger.store.open(data_path(name)) as file:
             table = pq.ParquetFile(file).read(["recording"])
+        wanted = set(firsts.filter(pc.equal(firsts["object"], name))["recording_id"].to_pylist())
         rows = {row["id"]: row for row in table["recording"].to_pylist() if row["id"] in wanted}
         yield from (Recording(**row) for row in rows.values())
 
 
-def _units(ledger: Ledger, ids: Iterable[str], *columns: str) -> list[dict[str, Any]]:
-    """These columns of the winning Units of `ids`, sorted by recording and index."""
-    mine = ledger.winners.filter(pc.is_in(ledger.winners["recording_id"], pa.array(list(ids), pa.string())))
-    rows: list[dict[str, Any]] = mine.select(["recording_id", *columns]).to_pylist()
-    return rows
+# ---- lengths
+
+
+def _lengths(table: pa.Table) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+    """Seconds of each row as its manifest says, and these or a guess from the size; null where nothing is known."""
+    length = pc.divide(pc.cast(table["length"], pa.float64()), float(SAMPLE_RATE))
+    hint = pc.coalesce(length, table["duration_s"])
+    per_s = pa.scalar(float(_OTHER_BYTES_PER_S))
+    for endings, rate in _BYTES_PER_S.items():
+        is_one = pc.match_substring_regex(table["uri"], rf"(?i)^([^?]*)\.({endings})(\?|::|$)")
+        per_s = pc.if_else(is_one, float(rate), per_s)
+    return hint, pc.coalesce(hint, pc.divide(pc.cast(table["size"], pa.float64()), per_s))
+
+
+def _cuts(length_s: NDArray[np.float64], rows: int) -> Iterator[int]:
+    """Where the blocks of items of these lengths end, but for the last one."""
+    start, total_s = 0, 0.0
+    for at, its_s in enumerate(length_s.tolist()):
+        if at > start and (at - start == rows or total_s + its_s > MAX_S):
+            yield at
+            start, total_s = at, 0.0
+        total_s += its_s
+
+
+# ---- handing it out
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where the blocks of a pass lie; small, and sent to workers.
+
+    They are encrypted with a key of this pass alone: addresses may be signed, and an output holds no secret.
+    """
+
+    store: Store
+    name: str
+    key: bytes = dataclasses.field(repr=False)
+
+    def pack(self, page: pa.Table) -> bytes:
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, ITEM) as writer:
+            writer.write_table(page)
+        return Fernet(self.key).encrypt(zlib.compress(sink.getvalue(), 1))
+
+    def read(self, start: int, stop: int, first: int, last: int) -> list[Item]:
+        """The items of a block: rows [first, last) of the page in the bytes [start, stop).
+
+        Raises `StoreError` where the object cannot be had.
+        """
+        packed = self.store.get(self.name, start, stop)
+        if packed is None:
+            raise StoreError(f"{self.store}/{self.name} is gone: did another driver take over?")
+        page = pa.ipc.open_stream(zlib.decompress(Fernet(self.key).decrypt(packed))).read_all()
+        return list(_items(page.slice(first, last - first)))
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """The blocks of a pass, the longest recordings first."""
+
+    source: Source
+    places: NDArray[np.int64]  # [n, 4], what `Source.read` takes
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def tables(self) -> list[pa.Table]:
+        """What each decode task is given: rows of what `Source.read` takes, one but in very large passes.
+
+        There every task gets its share of the longest ones, and begins with them.
+        """
+        shares = (self.places[first::MAX_TASKS] for first in range(min(MAX_TASKS, len(self))))
+        return [pa.table(list(share.T), PLACE) for share in shares]
+
+
+# ---- recordings as Arrow data
+
+
+def _few(items: Iterable[Any]) -> Iterator[list[Any]]:
+    """`items` in lists of _FEW."""
+    some: list[Any] = []
+    for item in items:
+        some.append(item)
+        if len(some) == _FEW:
+            yield some
+            some = []
+    if some:
+        yield some
+
+
+_fields_of = attrgetter(*_FIELDS)
+
+
+def _table(items: Sequence[Item]) -> pa.Table:
+    columns = dict(zip(_FIELDS, zip(*(_fields_of(item.recording) for item in items), strict=True), strict=True))
+    columns["done"] = tuple(sorted(item.done) for item in items)
+    columns["gap_start"] = tuple(item.gap_start for item in items)
+    return pa.table([pa.array(columns[field.name], field.type) for field in ITEM], schema=ITEM)
+
+
+def _items(table: pa.Table) -> Iterator[Item]:
+    for row in (row for batch in table.to_batches(_FEW) for row in batch.to_pylist()):
+        done, gap_start = row.pop("done"), row.pop("gap_start")
+        yield Item(Recording(**row), frozenset(done or ()), gap_start)
+
+
+class _Spool:
+    """Tables of `ITEM` in a temporary file: first all written, then read as often as wanted, some at a time."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the spool
+        weakref.finalize(self, self._file.close)
+        self._writer = pa.ipc.new_stream(self._file, ITEM, options=pa.ipc.IpcWriteOptions(compression="lz4"))
+        self.n_rows = 0
+
+    def append(self, table: pa.Table) -> None:
+        self._writer.write_table(table, max_chunksize=_MANY)
+        self.n_rows += len(table)
+
+    def tables(self) -> Iterator[pa.Table]:
+        """Everything in tables of up to _MANY rows; one of no rows where there is nothing."""
+        self._writer.close()
+        self._file.seek(0)
+        batches: list[pa.RecordBatch] = []
+        n_rows = 0
+        with pa.ipc.open_stream(self._file) as reader:
+            for batch in reader:
+                if n_rows + len(batch) > _MANY:
+                    yield pa.Table.from_batches(batches, ITEM)
+                    batches, n_rows = [], 0
+                batches.append(batch)
+                n_rows += len(batch)
+        yield pa.Table.from_batches(batches, ITEM)

@@ -38,6 +38,7 @@ def ray_cluster() -> Iterator[None]:
     from ray.data import DataContext
 
     ray.init(
+        address="local",  # never one that somebody else runs on this machine
         num_cpus=4,
         include_dashboard=False,
         object_store_memory=OBJECT_STORE,

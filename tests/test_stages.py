@@ -12,12 +12,14 @@ import pyarrow as pa
 import pytest
 from audio_files import tone, write_wav
 
-from pipeline import schema, todo
+from pipeline import schema
 from pipeline.config import Config, Fault
 from pipeline.engine import engine_config
 from pipeline.engine.fake import Faults
 from pipeline.errors import StoreError
 from pipeline.stages import UNIT_ROW, Door, EngineStage, decode, fail_before_commit, rows_of, unit_from_row, unit_to_row
+from pipeline.store import Store
+from pipeline.todo import Item, Todo
 from pipeline.types import Failure, Recording, Unit, UnitResult
 
 RECORDING = Recording(id="a", uri="a.wav", reference="hello", metadata='{"k": [1]}')
@@ -58,11 +60,15 @@ def test_samples_are_views_also_in_a_slice_of_chunks() -> None:
         assert not back.pcm.flags.owndata
 
 
-def run_decode(config: Config, items: list[todo.Item], faults: Faults | None = None) -> list[Unit | UnitResult]:
-    (table,) = todo.blocks(items, tasks=1) if len(items) == 1 else [pa.concat_tables(todo.blocks(items, tasks=1))]
-    tables = list(decode(table, config, faults))
-    assert all(t.schema.equals(UNIT_ROW) and t.num_rows == 1 for t in tables)
-    return [unit_from_row(row) for t in tables for row in rows_of(t)]
+@pytest.fixture
+def run_decode(tmp_path: Path) -> Callable[..., list[Unit | UnitResult]]:
+    def run(config: Config, items: list[Item], faults: Faults | None = None) -> list[Unit | UnitResult]:
+        with Todo.of(items).put(Store.at(str(tmp_path / "out")), tasks=1) as blocks:
+            tables = [t for task in blocks.tables() for t in decode(task, blocks.source, config, faults)]
+        assert all(t.schema.equals(UNIT_ROW) and t.num_rows == 1 for t in tables)
+        return [unit_from_row(row) for t in tables for row in rows_of(t)]
+
+    return run
 
 
 @pytest.fixture
@@ -76,9 +82,11 @@ def recording(tmp_path: Path) -> Recording:
     return Recording(id="long", uri=str(write_wav(tmp_path / "long.wav", tone(220, 100.0))))
 
 
-def test_decode_yields_every_unit_of_every_recording(config: Config, recording: Recording) -> None:
+def test_decode_yields_every_unit_of_every_recording(
+    run_decode: Callable[..., list[Unit | UnitResult]], config: Config, recording: Recording
+) -> None:
     gone = Recording(id="gone", uri="/no/such/file.wav")
-    units = run_decode(config, [todo.item(gone), todo.item(recording)])
+    units = run_decode(config, [Item(gone), Item(recording)])
     first, *rest = units
     assert isinstance(first, UnitResult)
     assert first.failure is not None
@@ -88,23 +96,31 @@ def test_decode_yields_every_unit_of_every_recording(config: Config, recording: 
     assert sum(u.n_samples for u in rest) == 1_600_000
 
 
-def test_decode_leaves_out_what_is_done_and_cuts_the_same(config: Config, recording: Recording) -> None:
-    everything = run_decode(config, [todo.item(recording)])
-    rest = run_decode(config, [todo.item(recording, done=[0, 2])])
+def test_decode_leaves_out_what_is_done_and_cuts_the_same(
+    run_decode: Callable[..., list[Unit | UnitResult]], config: Config, recording: Recording
+) -> None:
+    everything = run_decode(config, [Item(recording)])
+    rest = run_decode(config, [Item(recording, done=frozenset({0, 2}))])
     assert [u.index for u in rest] == [u.index for u in everything if u.index not in (0, 2)]
     assert all(same(u, everything[u.index]) for u in rest)
 
 
-def test_audio_that_is_gone_ends_a_begun_recording_at_its_gap(config: Config) -> None:
+def test_audio_that_is_gone_ends_a_begun_recording_at_its_gap(
+    run_decode: Callable[..., list[Unit | UnitResult]], config: Config
+) -> None:
     gone = Recording(id="gone", uri="/no/such/file.wav")
-    (failure,) = run_decode(config, [todo.item(gone, done=[0, 1, 3], gap_start=4711)])
+    (failure,) = run_decode(config, [Item(gone, done=frozenset({0, 1, 3}), gap_start=4711)])
     assert (failure.index, failure.start, failure.is_last) == (2, 4711, True)
-    assert run_decode(config, [todo.item(gone, done=[0, 1, 3])]) == []  # a retry: the failure that stands is enough
+    assert (
+        run_decode(config, [Item(gone, done=frozenset({0, 1, 3}))]) == []
+    )  # a retry: the failure that stands is enough
 
 
-def test_a_fault_in_decode_costs_its_recording(config: Config, recording: Recording) -> None:
+def test_a_fault_in_decode_costs_its_recording(
+    run_decode: Callable[..., list[Unit | UnitResult]], config: Config, recording: Recording
+) -> None:
     faults = Faults([Fault(match="lo*", stage="decode", kind="oom")], None)
-    (failed,) = run_decode(config, [todo.item(recording)], faults)
+    (failed,) = run_decode(config, [Item(recording)], faults)
     assert isinstance(failed, UnitResult)
     assert failed.failure == Failure("memory", "injected oom", "decode")
 
