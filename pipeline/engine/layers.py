@@ -12,6 +12,7 @@ This page knows matrices; what they mean is `model.py`'s.
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -131,19 +132,32 @@ class Cross:
 
     def attend(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """x [b, p, d] → x with what it found in the audio added."""
-        if not self._is_fused:
-            return self.attend_openly(x, keys, values)[0]
-        y = F.scaled_dot_product_attention(self._queries(x), keys, values)
-        return self.out.added_to(x, merge_heads(y))
+        return self.out.added_to(x, merge_heads(self._find(self._queries(x), keys, values)))
 
-    def attend_openly(self, x: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The same, and the scores [b, heads, p, t] before the softmax."""
-        q = self._queries(x)
-        scores = (q * q.shape[-1] ** -0.5) @ keys.mT
-        return self.out.added_to(x, merge_heads(scores.softmax(-1) @ values)), scores
+    def attend_in_lanes(
+        self, x: Tensor, keys: Tensor, values: Tensor, lanes: Sequence[int], heads: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """The same for x whose audio lies in `lanes` of a cache, which are not copied; and the scores of `heads`
+        before the softmax, [b, heads, p, t]."""
+        found, scores = [], []
+        for q, lane in zip(torch.split(self._queries(x), 1), lanes, strict=True):
+            k, v = keys[lane : lane + 1], values[lane : lane + 1]
+            found.append(self._find(q, k, v))
+            scores.append(_scores(q[:, heads], k[:, heads]))
+        return self.out.added_to(x, merge_heads(torch.cat(found))), torch.cat(scores)
+
+    def _find(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        if self._is_fused:
+            return F.scaled_dot_product_attention(q, keys, values)
+        return _scores(q, keys).softmax(-1) @ values
 
     def _queries(self, x: Tensor) -> Tensor:
         return split_heads(self.query(self.norm(x)), 1, self._heads)[0]
+
+
+def _scores(q: Tensor, keys: Tensor) -> Tensor:
+    scores: Tensor = (q * q.shape[-1] ** -0.5) @ keys.mT
+    return scores
 
 
 def cross_attention_is_fused(dtype: torch.dtype, device: torch.device) -> bool:

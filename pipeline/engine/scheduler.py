@@ -471,21 +471,23 @@ class Scheduler:
         tokens = torch.full((len(rows), max(map(len, rows))), tokenizer.eot)
         for i, row in enumerate(rows):
             tokens[i, : len(row)] = torch.tensor(row)
-        logits, scores = self._model.align(self._caches, [lane for _, lane in asks], tokens.to(self._model.device))
-        costs, likely = [], []
-        for i, (align, sot, row) in enumerate(zip(aligns, sots, rows, strict=True)):
-            costs.append(attention_cost(scores[i, :, : len(row)], align.window.n_frames, len(sot)))
-            likely.append(self._probabilities(logits[i, len(sot) :], align.text_tokens))
+        x, scores = self._model.align(self._caches, [lane for _, lane in asks], tokens.to(self._model.device))
+        costs = [
+            attention_cost(scores[i, :, : len(row)], align.window.n_frames, len(sot))
+            for i, (align, sot, row) in enumerate(zip(aligns, sots, rows, strict=True))
+        ]
         return [
-            word_timings(path, probabilities, align.text_tokens, tokenizer, align.language)
-            for path, probabilities, align in zip(warp(costs), likely, aligns, strict=True)
+            word_timings(path, likely, align.text_tokens, tokenizer, align.language)
+            for path, likely, align in zip(warp(costs), self._likelihoods(x, sots, aligns), aligns, strict=True)
         ]
 
-    def _probabilities(self, logits: Tensor, text_tokens: tuple[int, ...]) -> NDArray[np.float64]:
-        """How likely each text token was among all text tokens, [n]; `logits` begin where the first was predicted."""
-        text = torch.tensor(text_tokens, device=logits.device)
-        likely = logits[: len(text), : self._tokenizer.eot].softmax(-1, dtype=torch.float32)
-        return likely.gather(1, text[:, None])[:, 0].double().cpu().numpy()
+    def _likelihoods(self, x: Tensor, sots: list[list[int]], aligns: list[Align]) -> list[NDArray[np.float64]]:
+        """How likely each text token of each window was among all text tokens; x [b, p, d] is where that was asked."""
+        lengths = [len(align.text_tokens) for align in aligns]
+        asked = torch.cat([x[i, len(sots[i]) :][:n] for i, n in enumerate(lengths)])
+        tokens = self._index([token for align in aligns for token in align.text_tokens])
+        likely = self._model.likelihood(asked, tokens, self._tokenizer.eot)
+        return np.split(likely.double().cpu().numpy(), np.cumsum(lengths)[:-1])
 
 
 def _stack(windows: list[Window]) -> Tensor:

@@ -10,10 +10,10 @@ import torch
 from whisper.timing import dtw_cpu, median_filter
 
 from pipeline.engine.timing import (
-    _MEDIAN_NETWORK,
     Draft,
     WordTiming,
-    _median_filter,
+    _mean_of_medians,
+    _median_of_seven,
     attention_cost,
     last_word_end,
     place_words,
@@ -36,19 +36,31 @@ def test_path_is_the_reference_s(shape: tuple[int, int], levels: int) -> None:
         assert columns.tolist() == expected[1].tolist()
 
 
-@pytest.mark.parametrize("n", [2, 3, 4, 50])
+def test_a_cost_that_is_no_number_is_passed_as_the_reference_passes_it() -> None:
+    cost = np.random.default_rng(1).standard_normal((12, 40))
+    cost[:, 20:23] = np.nan
+    ((rows, columns),) = warp([cost])
+    expected = dtw_cpu(cost)
+    assert (rows.tolist(), columns.tolist()) == (expected[0].tolist(), expected[1].tolist())
+
+
+def median(x: torch.Tensor) -> torch.Tensor:
+    """Of one head [1, p, t]."""
+    return _mean_of_medians([x], _median_of_seven)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 6, 7, 8, 50, 51])
 def test_median_filter(n: int) -> None:
-    x = torch.randn(2, 3, n, generator=torch.Generator().manual_seed(n))
-    assert torch.equal(_median_filter(x), median_filter(x, 7))
+    x = torch.randn(1, 3, n, generator=torch.Generator().manual_seed(n))
+    assert torch.equal(median(x), median_filter(x, 7)[0])
 
 
-def test_median_network() -> None:
-    """By the zero-one principle: what puts the middle of all zeros and ones in place does so for all numbers."""
-    for bits in product((0.0, 1.0), repeat=7):
-        values = list(bits)
-        for low, high in _MEDIAN_NETWORK:
-            values[low], values[high] = min(values[low], values[high]), max(values[low], values[high])
-        assert values[3] == sorted(bits)[3]
+def test_median_for_every_order() -> None:
+    """By the zero-one principle: what finds the middle of all zeros and ones finds it for all numbers."""
+    rows = torch.tensor(list(product((0.0, 1.0), repeat=8)))
+    even, odd = _median_of_seven(rows)  # of the first seven, and of the last
+    assert torch.equal(even[:, 0], rows[:, :7].median(-1).values)
+    assert torch.equal(odd[:, 0], rows[:, 1:].median(-1).values)
 
 
 def test_attention_that_is_next_to_nothing_is_still_told_apart() -> None:
@@ -60,11 +72,18 @@ def test_attention_that_is_next_to_nothing_is_still_told_apart() -> None:
     assert np.abs(cost - attention_cost(scores.double(), n_frames=80, n_sot=1)).max() < 1e-3
 
 
-def test_median_filter_with_positions_nobody_looks_at() -> None:
-    x = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(1))
-    x[:, :, 20:23] = float("nan")
-    assert torch.equal(_median_filter(x).isnan(), median_filter(x, 7).isnan())
-    assert torch.equal(_median_filter(x).nan_to_num(), median_filter(x, 7).nan_to_num())
+def test_cost_with_positions_that_nobody_looks_at() -> None:
+    """The softmax makes them 0 for every token, and 0 / 0 is no number; a sort puts it last."""
+    scores = torch.randn(3, 7, 50, generator=torch.Generator().manual_seed(1))
+    scores[:, :, 20:23] = -1000.0
+    weights = scores.softmax(-1)
+    std, mean = torch.std_mean(weights, dim=-2, keepdim=True, unbiased=False)
+    expected = -median_filter((weights - mean) / std, 7).mean(0)[1:-1]
+    cost = attention_cost(scores, n_frames=100, n_sot=1)
+    assert np.isfinite(cost).all()
+    assert np.abs(cost - expected.double().numpy()).max() < 1e-5
+    scores[:, :, 20:27] = -1000.0  # wider than what a median can pass over
+    assert np.isnan(attention_cost(scores, n_frames=100, n_sot=1)).any(0).tolist() == [20 <= i < 27 for i in range(50)]
 
 
 def timing(word: str, start: float, end: float) -> WordTiming:
