@@ -53,6 +53,7 @@ class Lease:
 
     def __init__(self, store: Store, name: str, holder: Holder) -> None:
         self.store, self.name = store, name
+        self._once = replace(store, attempts=1)  # a beat that is late may find another holder: the next one is in time
         self._holder = holder
         self._lost = False
         self._lock = threading.Lock()
@@ -132,7 +133,7 @@ class Lease:
                     return
                 with self._lock:
                     self._holder = replace(self._holder, beat=self._holder.beat + 1)
-                    self.store.put(self.name, self._holder.to_bytes())
+                    self._once.put(self.name, self._holder.to_bytes())
             except StoreError as error:  # an outage: if it lasts, another may take over, and the next beat sees it
                 log.warning("heartbeat: %s", error)
 

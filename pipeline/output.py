@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import json
 import posixpath
-import shutil
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -172,14 +172,12 @@ def write_inputs(store: Store, recordings: Iterable[Recording]) -> int:
     """
     following = max(map(number, store.sizes(INPUTS)), default=0) + 1
     count = 0
-    with tempfile.TemporaryFile() as whole:  # a list that breaks off must not become the newest one
-        with pq.ParquetWriter(whole, INPUT_ROWS, compression="zstd") as writer:
+    with tempfile.NamedTemporaryFile(suffix=".parquet") as whole:  # one that breaks off must not become the newest
+        with pq.ParquetWriter(whole.name, INPUT_ROWS, compression="zstd") as writer:
             for rows in _batches(map(_input_row, recordings), _INPUTS_PER_WRITE):
                 writer.write_table(pa.Table.from_pylist(rows, schema=INPUT_ROWS))
                 count += len(rows)
-        whole.seek(0)
-        with store.open(f"{INPUTS}/{following:06d}.parquet", "wb") as file:
-            shutil.copyfileobj(whole, file, 1 << 20)
+        store.put_file(f"{INPUTS}/{following:06d}.parquet", Path(whole.name))
     return count
 
 

@@ -344,7 +344,7 @@ class Source:
 
         Raises `StoreError` where the object cannot be had.
         """
-        packed = self.store.get(self.name, start, stop)
+        packed = self.store.get_range(self.name, start, stop)
         if packed is None:
             raise StoreError(f"{self.store}/{self.name} is gone: did another driver take over?")
         page = pa.ipc.open_stream(zlib.decompress(Fernet(self.key).decrypt(packed))).read_all()

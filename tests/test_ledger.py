@@ -65,7 +65,8 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("uri", ["{tmp}/file/out", "/proc/out", "http://127.0.0.1:1/out", "s3://no-such-bucket/out"])
-def test_outputs_that_cannot_be_written(uri: str, tmp_path: Path, s3: str) -> None:
+def test_outputs_that_cannot_be_written(uri: str, tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.store.PAUSE_S", 0.001)
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OutputError, match="output "):
         begin(Store.at(uri.format(tmp=tmp_path)))
