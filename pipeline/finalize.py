@@ -1,6 +1,7 @@
 """The ledger made into tables that anyone can read: `segments/`, `words/`, `recordings/`, and `_SUCCESS`.
 
-    pin a snapshot → `_SUCCESS` says what is being replaced → one file a table and shard → `_SUCCESS` says what is there
+    merge small data objects → pin a snapshot → `_SUCCESS` says what is being replaced → one file a table and shard
+    → `_SUCCESS` says what is there
 
 A shard holds the recordings whose id hashes to it, so a file's name never changes and only shards in which something
 was committed are written again. May be run at any time, also while a run goes on, and killed at any time: the next
@@ -15,30 +16,37 @@ import io
 import itertools
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+import math
+import pickle
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import ledger as ledgers
-from pipeline import schema
-from pipeline.errors import OutputHeldError, StoreError, failure_of
+from pipeline import pieces, schema
+from pipeline.entries import begins, published, to_numpy
+from pipeline.errors import MurmurError, OutputHeldError, StoreError, failure_of
 from pipeline.lease import FINALIZE_LEASE, Lease, holds
-from pipeline.ledger import Ledger
+from pipeline.ledger import Ledger, read_snapshot
 from pipeline.output import SUCCESS, Output, newest_inputs, read_input_ids
 from pipeline.stitch import stitch
 from pipeline.store import THREADS, Store
 from pipeline.types import Skip, Transcript, UnitResult
 
 log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 SCHEMAS = {"segments": schema.SEGMENTS, "words": schema.WORDS, "recordings": schema.RECORDINGS}
 FORMAT = 1  # of the tables: a change here makes every shard be written again
+MERGE_AT = 256  # data objects
+_STATUSES = pa.schema([("recording_id", pa.string()), ("status", pa.string()), ("duration_s", pa.float64())])
 _ROWS_PER_GROUP = 20_000
 
 Files = dict[str, dict[str, Any]]  # path → rows, bytes, sha256
@@ -87,25 +95,46 @@ class Build:
         return {table: f"{table}/part-{shard:05d}-of-{self.n_shards:05d}.parquet" for table in tables}
 
 
-def finalize(output: Output, *, use_ray: bool = True, lease: Lease | None = None, wait_s: float = 600) -> Success:
+def finalize(
+    output: Output,
+    *,
+    use_ray: bool = True,
+    lease: Lease | None = None,
+    wait_s: float = 600,
+    rewrite: Collection[int] = (),
+) -> Success:
     """Bring the tables up to what is committed, and return what `_SUCCESS` says then.
 
     `lease`: the run's, if this is its own driver; another finalize of the same output is waited for. `use_ray`
     builds the shards on the cluster that this process is connected to, else they are built here, one after another.
+    `rewrite`: shards whose files are to be made again even if nothing says so.
     Raises `OutputHeldError` where a lease is lost, `StoreError` where the store refuses or a data object is damaged.
     """
     with Lease.acquire(output.store, FINALIZE_LEASE, wait_s=wait_s) as ours:
         ledger = Ledger.read(output.store, output.run.n_shards)
+        _merge(ledger, use_ray)
         held = [ours, lease] if lease else [ours]
         build = Build(output, ledger.pin(), tuple((one.name, one.token) for one in held))
-        units = ledgers.published(ledger.winners)
-        return _bring_up(build, units, use_ray)
+        units = published(ledger.winners).select(["shard", "recording_id", "index", "object"])
+        del ledger  # all of a large one would be held while the shards are built
+        return _bring_up(build, units, use_ray, rewrite)
 
 
-def _bring_up(build: Build, units: pa.Table, use_ray: bool) -> Success:
+def _merge(ledger: Ledger, use_ray: bool) -> None:
+    """Data objects are read once here, and not once for every shard that has a Unit in them, now and ever after."""
+    if pieces.n_loose(ledger.winners) < MERGE_AT:
+        return
+    groups = list(pieces.groups(ledger.winners))
+    task = partial(pieces.merge, ledger.store)
+    merged = _on_ray(task, groups) if use_ray else map(task, groups)
+    rest = ledger.winners.filter(pc.not_equal(ledger.winners["data"], ledger.winners["object"]))
+    ledger.move(pa.concat_tables([rest, *merged]))
+
+
+def _bring_up(build: Build, units: pa.Table, use_ray: bool, rewrite: Collection[int]) -> Success:
     before = read_success(build.store)
     winners = _winner_hashes(units, build.n_shards)
-    touched = _touched(build, before, winners)
+    touched = sorted({*_touched(build, before, winners), *rewrite})
     kept = {path for shard in set(range(build.n_shards)) - set(touched) for path in build.paths(shard).values()}
     files = {path: about for path, about in (before.files if before else {}).items() if path in kept}
     if touched:
@@ -132,15 +161,16 @@ def read_success(store: Store) -> Success | None:
 def build_shard(build: Build, shard: int) -> Files:
     """Write the files of one shard and return what `_SUCCESS` says of them.
 
-    Holds the shard's committed rows as Arrow data, one recording as objects, and the finished files. Raises
+    Holds a portion of the shard's committed rows, one recording as objects, and the finished files. Raises
     `StoreError` where a data object is gone or damaged, `OutputHeldError` before a put where a lease was lost.
     """
-    units = ledgers.read_snapshot(build.store, build.snapshot, shard)
+    units = read_snapshot(build.store, build.snapshot, shard)
     paths = build.paths(shard)
     parts = {table: _Part(SCHEMAS[table]) for table in paths}
-    for transcript in _transcripts(_committed(build.store, units)):
-        for table, part in parts.items():
-            part.add(_rows(table, transcript, build))
+    for portion in pieces.portions(units):
+        for transcript in _transcripts(pieces.read_rows(build.store, portion)):
+            for table, part in parts.items():
+                part.add(_rows(table, transcript, build))
     files = {}
     for table, path in paths.items():
         raw = parts[table].close()
@@ -188,37 +218,8 @@ def _rows(table: str, transcript: Transcript, build: Build) -> Iterable[schema.R
     return [row]
 
 
-def _committed(store: Store, units: pa.Table) -> pa.Table:
-    """The rows of `schema.DATA` that won, sorted by recording id and index."""
-    wanted: dict[str, set[tuple[str, int]]] = {}
-    for row in units.select(["object", "recording_id", "index"]).to_pylist():
-        wanted.setdefault(row["object"], set()).add((row["recording_id"], row["index"]))
-    objects = store.get_all(ledgers.data_path(name) for name in wanted)
-    won = (_won(path, raw, its) for its, (path, raw) in zip(wanted.values(), objects, strict=True))
-    rows = pa.concat_tables([schema.DATA.empty_table(), *won]).combine_chunks()
-    return rows.take(pc.sort_indices(rows, [("recording_id", "ascending"), ("index", "ascending")]))
-
-
-def _won(path: str, raw: bytes | None, wanted: set[tuple[str, int]]) -> pa.Table:
-    """Of the data object `raw`, one row for each of the Units `wanted`. Not by their `shard`: a driver that lost the
-    race to begin the output may have counted in other shards."""
-    if raw is None:
-        raise StoreError(f"{path} is gone, and with it {len(wanted)} committed Units")
-    try:
-        table = pq.read_table(pa.BufferReader(raw), schema=schema.DATA)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise StoreError(f"{path} is damaged ({error}), and with it {len(wanted)} committed Units") from None
-    at: dict[tuple[str, int], int] = {}
-    for row, key in enumerate(zip(table["recording_id"].to_pylist(), table["index"].to_pylist(), strict=True)):
-        if key in wanted:
-            at.setdefault(key, row)
-    if len(at) < len(wanted):
-        raise StoreError(f"{path} lacks {len(wanted) - len(at)} of its {len(wanted)} committed Units")
-    return table.take(pa.array(at.values(), pa.int64()))
-
-
 def _transcripts(rows: pa.Table) -> Iterator[Transcript]:
-    starts = np.flatnonzero(ledgers.begins(rows, "recording_id")).tolist()
+    starts = np.flatnonzero(begins(rows, "recording_id")).tolist()
     for start, stop in itertools.pairwise([*starts, len(rows)]):
         yield _stitched([schema.unit_from_row(row) for row in rows.slice(start, stop - start).to_pylist()])
 
@@ -240,35 +241,52 @@ def _build_here(build: Build, shards: Sequence[int]) -> Files:
 
 
 def _build_on_ray(build: Build, shards: Sequence[int]) -> Files:
-    """As `_build_here`, one task a shard. Only our own errors come back as themselves: Ray would wrap them."""
-    import ray.data
-
-    tasks = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
-    rows = tasks.map_batches(_build_row, batch_size=1, fn_kwargs={"build": build}).take_all()
+    """As `_build_here`, one task a shard."""
     files: Files = {}
-    for row in rows:
-        if row["error"]:
-            raise (OutputHeldError if row["held"] else StoreError)(row["error"])
-        files |= json.loads(row["files"])
+    for some in _on_ray(partial(build_shard, build), shards):
+        files |= some
     return files
 
 
-def _build_row(batch: dict[str, Any], build: Build) -> dict[str, list[Any]]:
-    files, error, held = {}, "", False
+def _on_ray(task: Callable[[_T], _R], items: Sequence[_T]) -> Iterator[_R]:
+    """`task` of each of `items`, as Ray Data runs them, in any order."""
+    import ray.data
+
+    rows = [{"item": pickle.dumps(item)} for item in items]
+    done = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        _run_task, batch_size=1, fn_kwargs={"task": task}
+    )
+    for row in done.iter_rows():
+        result = pickle.loads(row["result"])
+        if isinstance(result, MurmurError):
+            raise result
+        yield result
+
+
+def _run_task(batch: dict[str, Any], task: Callable[[_T], _R]) -> dict[str, list[bytes]]:
+    """Our own errors are results: as exceptions Ray would wrap them."""
+    result: _R | MurmurError
     try:
-        files = build_shard(build, int(batch["shard"][0]))
+        result = task(pickle.loads(batch["item"][0]))
     except (StoreError, OutputHeldError) as refusal:
-        error, held = str(refusal), isinstance(refusal, OutputHeldError)
-    return {"files": [json.dumps(files)], "error": [error], "held": [held]}
+        result = type(refusal)(str(refusal))
+    return {"result": [pickle.dumps(result)]}
 
 
 def _winner_hashes(units: pa.Table, n_shards: int) -> dict[str, str]:
     """For each shard a hash of which Units it publishes, and from which objects."""
-    hashes = [hashlib.sha256(f"{FORMAT}".encode()) for _ in range(n_shards)]
-    columns = (units[name].to_pylist() for name in ("shard", "recording_id", "index", "object"))
-    for shard, *unit in zip(*columns, strict=True):
-        hashes[shard].update(json.dumps(unit).encode())
-    return {str(shard): value.hexdigest() for shard, value in enumerate(hashes)}
+    units = units.take(pc.sort_indices(units, [(name, "ascending") for name in ("shard", "recording_id", "index")]))
+    length = pc.binary_length(units["recording_id"]).cast(pa.string())  # an id may hold whatever separates
+    texts = [length, units["recording_id"], units["index"].cast(pa.string()), units["object"]]
+    lines = pc.binary_join_element_wise(*texts, " ").combine_chunks()
+    ends = np.searchsorted(to_numpy(units["shard"]), np.arange(n_shards), side="right").tolist()
+    hashes = {}
+    for shard, (begin, end) in enumerate(itertools.pairwise([0, *ends])):
+        digest = hashlib.sha256(f"{FORMAT}".encode())
+        for line in lines.slice(begin, end - begin).to_pylist():
+            digest.update(f"{line}\n".encode())
+        hashes[str(shard)] = digest.hexdigest()
+    return hashes
 
 
 def _touched(build: Build, before: Success | None, winners: dict[str, str]) -> list[int]:
@@ -287,29 +305,28 @@ def _touched(build: Build, before: Success | None, winners: dict[str, str]) -> l
 
 def _count(build: Build, units: pa.Table) -> tuple[dict[str, int], float]:
     """Count the recordings in the tables as they lie there now, against the newest list of inputs."""
-    statuses: dict[str, str] = {}
-    audio_s = 0.0
     with ThreadPoolExecutor(THREADS) as pool:
-        for rows in pool.map(lambda shard: _read_statuses(build, shard), range(build.n_shards)):
-            ids = rows["recording_id"].to_pylist()
-            if len(set(ids)) < len(ids) or not statuses.keys().isdisjoint(ids):
-                raise StoreError(f"{build.store}: a recording is in the tables twice; run finalize again")
-            statuses |= zip(ids, rows["status"].to_pylist(), strict=True)
-            audio_s += sum(rows["duration_s"].to_pylist())
-    if statuses.keys() != set(units["recording_id"].unique().to_pylist()):
+        tables = pool.map(lambda shard: _read_statuses(build, shard), range(build.n_shards))
+        rows = pa.concat_tables([_STATUSES.empty_table(), *tables])
+    ids = rows["recording_id"]
+    if pc.count_distinct(ids).as_py() < len(rows):
+        raise StoreError(f"{build.store}: a recording is in the tables twice; run finalize again")
+    known = units["recording_id"].unique()
+    if len(known) != len(rows) or not pc.all(pc.is_in(ids, known), min_count=0).as_py():
         raise StoreError(f"{build.store}: the tables and the ledger hold different recordings; run finalize again")
+    inputs = pa.chunked_array([pa.array(some, pa.string()) for some in read_input_ids(build.store)], pa.string())
+    found = pc.index_in(inputs, ids.combine_chunks())
+    statuses = pc.fill_null(rows["status"].take(found), "missing").value_counts().to_pylist()
     counts = dict.fromkeys(("inputs", "ok", "failed", "skipped", "missing", "unlisted"), 0)
-    for ids in read_input_ids(build.store):
-        counts["inputs"] += len(ids)
-        for recording_id in ids:
-            counts[statuses.pop(recording_id, "missing")] += 1
-    counts["unlisted"] = len(statuses)
-    return counts, round(audio_s, 3)
+    counts |= {pair["values"]: pair["counts"] for pair in statuses}
+    counts["inputs"] = len(inputs)
+    counts["unlisted"] = len(rows) - (len(inputs) - counts["missing"])
+    return counts, round(math.fsum(rows["duration_s"].to_pylist()), 3)
 
 
 def _read_statuses(build: Build, shard: int) -> pa.Table:
     with build.store.open(build.paths(shard)["recordings"]) as file:
-        return pq.ParquetFile(file).read(["recording_id", "status", "duration_s"])
+        return pq.ParquetFile(file).read(_STATUSES.names).cast(_STATUSES)
 
 
 def _success(

@@ -47,7 +47,8 @@ log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 MAX_CALLS = 200  # blocks after which a decode worker is replaced, whatever a codec has leaked by then
-RECORDINGS_PER_SHARD = 20_000
+RECORDINGS_PER_SHARD = 5_000  # of an hour each: files of some 250 MB, built in one process's memory
+MAX_SHARDS = 1_000
 LOCAL_CPUS = 4  # logical CPUs of a cluster started here, at least: two would be an engine's and a decoder's
 
 
@@ -68,7 +69,7 @@ def run(
             if not retry:
                 write_inputs(output.store, listed.recordings())
             left = todo.failed(listed if inputs else None, ledger) if retry else todo.missing(listed, ledger)
-            round = ledger.next_round() if retry else 0
+            round = ledger.next_round() if retry else ledger.round
             work = transcribe(left, round, output, config, cluster, console) if len(left) else None
             success = finalize(output, use_ray=cluster.is_connected and output.run.n_shards > 1, lease=lease)
     return Summary.of(success, work, exit_code(success.counts, config))
@@ -200,8 +201,13 @@ def begin(uri: str, config: Config, n_listed: int, cluster: Cluster) -> Output:
         keys=_keys(config, resolve_dtype(uri, config, cluster), weights, revision),
         model=config.model,
         model_revision=revision,
-        n_shards=config.pool.shards or max(1, min(256, n_listed // RECORDINGS_PER_SHARD)),
+        n_shards=config.pool.shards or shards_for(n_listed),
     )
+
+
+def shards_for(n_listed: int) -> int:
+    """Files per table, fixed when an output is begun."""
+    return max(1, min(MAX_SHARDS, n_listed // RECORDINGS_PER_SHARD))
 
 
 def _keys(config: Config, dtype: str, weights: str, revision: str | None) -> dict[str, Any]:

@@ -1,12 +1,24 @@
 """What is committed, and so what is still to do. No rename, no append, no clock: objects that are put once.
 
-    _run/data/NAME.parquet         rows of `schema.DATA`; nobody reads it without
+    _run/data/NAME.arrow           rows of `schema.DATA`; nobody reads it without
     _run/ledger/NAME.json          its ledger object, put after it, which names it and says what is in it
-    _run/snapshots/N.parquet       the winners when the tables were made the Nth time, pinned
+    _run/snapshots/N.parquet       the winners when the tables were made the Nth time, pinned, and where their rows lie
+    _run/void/NAME.json            what does not count any more, whoever says so
 
-A Unit that was committed twice has one winner: one that is `ok` beats one that failed (so a retry can mend); among
-equals the one in the newest snapshot, else the smallest object name; but among failed ones the latest round of
-retries. The same objects give the same winners in whatever order they are listed or read.
+Which of two attempts at a Unit wins, `entries.winners` says. Three things follow for whoever tidies up here:
+
+A snapshot stands for the ledger objects that it took account of: they are not read again, and may be removed once
+*two* snapshots stand for them, so that one that is damaged later costs nothing. A reader that lists the ledger while
+they are being removed misses them; so it looks for a newer snapshot after it has read, and then starts from that.
+
+Data objects are merged (`pieces`) before a snapshot is pinned, which says where every row lies from then on. Until
+it is, the merged object is one that nobody names, and the winners lie where they lay.
+
+A data object that nobody names may be one whose writer sleeps, on a machine that was paused, say, and will put its
+ledger object tomorrow. So it is voided first and removed after: the late ledger object then counts for nothing, and
+its Units are simply not done. The same goes for a data object that was found damaged. A recording whose audio was
+replaced is voided as of a round: Units that were committed in an earlier one do not count, whenever they come, and
+runs from then on commit in that round or a later one.
 """
 
 from __future__ import annotations
@@ -16,7 +28,7 @@ import io
 import json
 import logging
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,49 +36,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from pipeline import schema
+from pipeline.entries import ENTRIES, RECORDINGS, Groups, published, to_numpy, winners
 from pipeline.output import LEDGER, number
+from pipeline.pieces import data_path, to_bytes
 from pipeline.store import Store
 from pipeline.types import Recording
+from pipeline.void import Void, void
 
 log = logging.getLogger(__name__)
 
-DATA = "_run/data"
 SNAPSHOTS = "_run/snapshots"
 
-# One row per Unit: what a ledger object says of it, and which object that is.
-ENTRIES = pa.schema(
-    [
-        pa.field("shard", pa.int32(), nullable=False),
-        pa.field("recording_id", pa.string(), nullable=False),
-        pa.field("index", pa.int32(), nullable=False),
-        pa.field("is_last", pa.bool_(), nullable=False),
-        pa.field("ok", pa.bool_(), nullable=False),
-        pa.field("kind", pa.string()),  # of the failure
-        pa.field("n_samples", pa.int64(), nullable=False),
-        pa.field("uri", pa.string(), nullable=False),
-        pa.field("size", pa.int64()),  # of the input, as is `etag`, where a listing told
-        pa.field("etag", pa.string()),
-        pa.field("object", pa.string(), nullable=False),  # NAME
-        pa.field("round", pa.int32(), nullable=False),  # 0: the run itself; 1, 2 ...: retries of what failed
-        pa.field("pinned", pa.bool_(), nullable=False),
-    ]
-)
-_SAID = ("recording_id", "index", "is_last", "ok", "kind", "n_samples", "uri", "size", "etag")
-
-RECORDINGS = pa.schema(
-    [
-        ("recording_id", pa.string()),
-        ("shard", pa.int32()),
-        ("status", pa.string()),  # ok, failed or partial
-        ("n_units", pa.int32()),  # that count: all of a partial one's, else those up to the last
-        ("n_samples", pa.int64()),  # in these
-        ("size", pa.int64()),
-        ("etag", pa.string()),
-    ]
-)
+_SAID = ("recording_id", "index", "is_last", "ok", "kind", "n_samples", "size", "etag")
+_PARSED_ROWS = 50_000  # held as Python objects at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,15 +75,16 @@ def commit(
     """Put `units` (of `schema.UNITS`) and then the object that names them, both under a random name: an attempt never
     overwrites another, and a writer that dies between the two puts leaves a data object that nobody reads.
 
-    `round` is 0 but for retries (`Ledger.next_round`); `between` is called after the first put and is for fault
-    injection. Raises `TypeError` with both schemas where `units` have another, `StoreError` where the store refuses.
+    `round` is `Ledger.round`, or `Ledger.next_round` for retries; `between` is called after the first put and is for
+    fault injection. Raises `TypeError` with both schemas where `units` have another, `StoreError` where the store
+    refuses.
     """
     units = schema.conform(units, schema.UNITS)
     if not units.num_rows:
         return Committed("")
     table = _with_shard(units, n_shards)
     name = name or uuid.uuid4().hex
-    raw = _data_object(table)
+    raw = to_bytes(table)
     store.put(data_path(name), raw)
     if between is not None:
         between(table)
@@ -130,8 +115,11 @@ class Ledger:
         self.store, self.n_shards = store, n_shards
         self.snapshot = 0  # number of the one that the winners start from; 0: none
         self.winners = ENTRIES.empty_table()  # sorted by recording id and index, one row per Unit
+        self.void = Void()
+        self.half: set[str] = set()  # ledger objects that did not parse the last time
         self._newest = 0  # number of the newest snapshot, also if it is half a one
         self._read: set[str] = set()  # objects that the winners take account of
+        self._is_pinned = True  # whether the winners are what the snapshot says
 
     @classmethod
     def read(cls, store: Store, n_shards: int) -> Ledger:
@@ -139,42 +127,61 @@ class Ledger:
         ledger.refresh()
         return ledger
 
+    @property
+    def round(self) -> int:
+        """What a run commits under: 0 until recordings were to be read again."""
+        return max(self.void.recordings.values(), default=0)
+
+    def next_round(self) -> int:
+        """What a retry commits under."""
+        return max(int(pc.max(self.winners["round"]).as_py() or 0), self.round) + 1
+
     def refresh(self) -> int:
         """Read what was committed since; returns the number of objects. An unreadable one is being written now, or
         its writer was killed over it: it is not committed, and looked at again the next time."""
-        self._rebase()
-        new = sorted(name for name in self.store.sizes(LEDGER) if name.removesuffix(".json") not in self._read)
-        tables = []
-        for path, raw in self.store.get_all(f"{LEDGER}/{name}" for name in new if name.endswith(".json")):
-            name = path.rsplit("/", 1)[1].removesuffix(".json")
-            entries = _parse(name, raw, self.n_shards)
-            if entries is not None:
-                tables.append(entries)
-                self._read.add(name)
-        if tables:
-            self.winners = winners(pa.concat_tables([self.winners, *tables]))
-        return len(tables)
+        count = 0
+        while True:
+            self._see_voids()
+            self._rebase()
+            count += self._read_new()
+            if self._last_snapshot() <= self._newest:
+                return count
 
-    def pin(self) -> int:
-        """Write the winners as a snapshot, unless they are one, and return its number.
+    def pin(self, *, again: bool = False) -> int:
+        """Write the winners as a snapshot, unless they are one (or even so: `again`), and return its number.
 
         From then on they stay, whatever is committed: tables made of a snapshot can be made again.
         """
-        while not pc.all(self.winners["pinned"], min_count=0).as_py() or self.snapshot == 0:
-            pinned = _pinned(self.winners)
-            if self.store.create(_snapshot(self._newest + 1), _to_parquet(pinned)):
-                self._newest += 1
-                self.winners, self.snapshot = pinned, self._newest
+        while again or not self._is_pinned or self.snapshot == 0:
+            pinned, following = _pinned(self.winners), self._newest + 1
+            created = self.store.create(snapshot_path(following), _to_parquet(pinned))
+            # A number is free again when its snapshot was superseded and removed: who slept until then is too late.
+            if created and self._last_snapshot() <= following:
+                self.winners, self.snapshot, self._newest, self._is_pinned = pinned, following, following, True
+                again = False
             else:
                 self.refresh()  # another one was quicker: start from there
         return self.snapshot
 
+    def move(self, entries: pa.Table) -> None:
+        """Rows of winners lie elsewhere now, as `entries` say. It counts once it is pinned."""
+        self.winners, self._is_pinned = winners(entries), False
+
+    def covers(self, name: str) -> bool:
+        """Whether the winners take account of the ledger object `name`."""
+        return name in self._read
+
+    def read_again(self, ids: Collection[str]) -> None:
+        """Nothing that was committed of these recordings counts any more: their audio was replaced."""
+        void(self.store, "other audio", recordings=dict.fromkeys(ids, self.next_round()))
+        self.refresh()
+
     def recordings(self) -> pa.Table:
         """One row of `RECORDINGS` for each recording that was begun, sorted by id."""
-        groups = _Groups(self.winners)
+        groups = Groups(self.winners)
         counted = groups.counted()
-        samples = np.where(counted, _numpy(self.winners["n_samples"]), 0)
-        failed = groups.any(counted & ~_numpy(self.winners["ok"]))
+        samples = np.where(counted, to_numpy(self.winners["n_samples"]), 0)
+        failed = groups.any(counted & ~to_numpy(self.winners["ok"]))
         status = np.where(groups.complete, np.where(failed, "failed", "ok"), "partial")
         first = self.winners.take(pa.array(groups.starts))
         columns = {
@@ -201,10 +208,6 @@ class Ledger:
         failed, partial = self._units(ids["failed"], only_ok=True), self._units(ids["partial"], only_ok=False)
         return Resume(ok=frozenset(ids["ok"]), failed=failed, partial=partial, inputs=inputs)
 
-    def next_round(self) -> int:
-        """The number that a retry commits under."""
-        return int(pc.max(self.winners["round"]).as_py() or 0) + 1
-
     def _units(self, ids: set[str], *, only_ok: bool) -> dict[str, frozenset[int]]:
         mine = self.winners.filter(pc.is_in(self.winners["recording_id"], pa.array(ids, pa.string())))
         units: dict[str, set[int]] = {recording_id: set() for recording_id in ids}
@@ -213,42 +216,66 @@ class Ledger:
                 units[row["recording_id"]].add(row["index"])
         return {recording_id: frozenset(indices) for recording_id, indices in units.items()}
 
+    def _see_voids(self) -> None:
+        """What counts no more may have beaten something that does: a new void makes the winners be read afresh."""
+        seen = self.void.read(self.store)
+        if seen is not self.void:
+            self.winners, self.snapshot, self._read, self._is_pinned = ENTRIES.empty_table(), 0, set(), True
+            self.void = seen
+
     def _rebase(self) -> None:
         """Start again from the newest snapshot that was written to its end, if it is newer than ours."""
         there = sorted(map(number, self.store.sizes(SNAPSHOTS)))
         self._newest = max([self._newest, *there])
         for one in reversed([one for one in there if one > self.snapshot]):
-            pinned = _from_parquet(self.store.get(_snapshot(one)))
+            pinned = read_whole_snapshot(self.store, one)
             if pinned is not None:
-                self.winners, self.snapshot = winners(pinned), one
-                self._read = set(pc.unique(pinned["object"]).to_pylist())
+                valid = self.void.without(pinned)
+                self.winners, self.snapshot = winners(valid), one
+                self._read = set(pc.unique(valid["object"]).to_pylist())
+                self._is_pinned = len(valid) == len(pinned)
                 return
+
+    def _read_new(self) -> int:
+        new = sorted(name for name in self.store.sizes(LEDGER) if name.removesuffix(".json") not in self._read)
+        tables: list[pa.Table] = []
+        rows: list[dict[str, Any]] = []
+        count = 0
+        self.half = set()
+        for path, raw in self.store.get_all(f"{LEDGER}/{name}" for name in new if name.endswith(".json")):
+            name = path.rsplit("/", 1)[1].removesuffix(".json")
+            found = _parse(name, raw, self.n_shards)
+            if found is None:
+                self.half.add(name)
+                continue
+            rows += found
+            count += 1
+            self._read.add(name)
+            if len(rows) >= _PARSED_ROWS:
+                tables.append(pa.Table.from_pylist(rows, schema=ENTRIES))
+                rows = []
+        if count:
+            tables.append(pa.Table.from_pylist(rows, schema=ENTRIES))
+            self.winners = winners(pa.concat_tables([self.winners, *map(self.void.without, tables)]))
+            self._is_pinned = self._is_pinned and bool(pc.all(self.winners["pinned"], min_count=0).as_py())
+        return count
+
+    def _last_snapshot(self) -> int:
+        return max(map(number, self.store.sizes(SNAPSHOTS)), default=0)
+
+
+def read_whole_snapshot(store: Store, snapshot: int) -> pa.Table | None:
+    """All rows of `ENTRIES` that a snapshot holds; None where it is gone or half a one."""
+    try:
+        return pq.ParquetFile(pa.BufferReader(store.get(snapshot_path(snapshot)) or b"")).read().cast(ENTRIES)
+    except (pa.ArrowInvalid, ValueError, OSError):
+        return None
 
 
 def read_snapshot(store: Store, snapshot: int, shard: int) -> pa.Table:
     """The rows of `ENTRIES` of one shard that count: the Units of complete recordings, sorted by id and index."""
-    with store.open(_snapshot(snapshot)) as file:
+    with store.open(snapshot_path(snapshot)) as file:
         return published(winners(pq.read_table(file, schema=ENTRIES, filters=[("shard", "=", shard)])))
-
-
-def published(entries: pa.Table) -> pa.Table:
-    """Of sorted winners, the Units of complete recordings: 0 ... k where k is the first that says it is the last."""
-    groups = _Groups(entries)
-    return entries.filter(pa.array(groups.counted() & np.repeat(groups.complete, groups.sizes)))
-
-
-def winners(entries: pa.Table) -> pa.Table:
-    """One row per Unit, sorted by recording id and index; which one, the head of this file says."""
-    ok = entries["ok"]
-    ranked = (
-        entries.append_column("failed", pc.invert(ok))
-        .append_column("late", pc.if_else(ok, 0, pc.negate(entries["round"])))
-        .append_column("loose", pc.invert(entries["pinned"]))
-    )
-    by = ["recording_id", "index", "failed", "late", "loose", "object"]
-    order = pc.sort_indices(ranked, sort_keys=[(name, "ascending") for name in by])
-    entries = entries.take(order).combine_chunks()
-    return entries.filter(pa.array(begins(entries, "recording_id", "index")))
 
 
 def to_ledger(name: str, table: pa.Table, round: int, **about: Any) -> bytes:
@@ -264,10 +291,6 @@ def to_ledger(name: str, table: pa.Table, round: int, **about: Any) -> bytes:
     return json.dumps(said, ensure_ascii=False).encode()
 
 
-def data_path(name: str) -> str:
-    return f"{DATA}/{name}.parquet"
-
-
 def ledger_path(name: str) -> str:
     return f"{LEDGER}/{name}.json"
 
@@ -277,28 +300,22 @@ def _with_shard(units: pa.Table, n_shards: int) -> pa.Table:
     return units.append_column(schema.DATA.field("shard"), pa.array(shards, pa.int32())).cast(schema.DATA)
 
 
-def _data_object(table: pa.Table) -> bytes:
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
-    return sink.getvalue()
-
-
-def _parse(name: str, raw: bytes | None, n_shards: int) -> pa.Table | None:
+def _parse(name: str, raw: bytes | None, n_shards: int) -> list[dict[str, Any]] | None:
+    """The rows of `ENTRIES` that a ledger object stands for; None where it is half a one."""
     try:
         said = json.loads(raw or b"")
-        rows = [
-            {key: unit[key] for key in _SAID}
-            | {"shard": schema.shard_of(unit["recording_id"], n_shards), "round": said["round"]}
-            | {"object": name, "pinned": False}
+        piece = {"data": name, "start": 0, "stop": int(said["bytes"]), "sha256": bytes.fromhex(said["sha256"])}
+        common = piece | {"object": name, "round": int(said["round"]), "pinned": False}
+        return [
+            {key: unit[key] for key in _SAID} | {"shard": schema.shard_of(unit["recording_id"], n_shards)} | common
             for unit in said["units"]
         ]
-        return pa.Table.from_pylist(rows, schema=ENTRIES)
     except (ValueError, KeyError, TypeError, AttributeError):
         log.warning("%s does not parse: not counted as committed", ledger_path(name))
         return None
 
 
-def _snapshot(snapshot: int) -> str:
+def snapshot_path(snapshot: int) -> str:
     return f"{SNAPSHOTS}/{snapshot:06d}.parquet"
 
 
@@ -315,53 +332,5 @@ def _to_parquet(entries: pa.Table) -> bytes:
     return sink.getvalue()
 
 
-def _from_parquet(raw: bytes | None) -> pa.Table | None:
-    try:
-        return pq.read_table(pa.BufferReader(raw or b""), schema=ENTRIES)
-    except (pa.ArrowInvalid, OSError):
-        return None
-
-
 def _differ(before: Any, now: Any) -> bool:
     return before is not None and now is not None and before != now
-
-
-class _Groups:
-    """The recordings in sorted winners: `starts` and `sizes` of their runs of rows, and which are `complete`."""
-
-    def __init__(self, entries: pa.Table) -> None:
-        self.starts = np.flatnonzero(begins(entries, "recording_id"))
-        self.sizes = np.diff(np.append(self.starts, len(entries)))
-        index = _numpy(entries["index"])
-        self.rank = np.arange(len(entries)) - np.repeat(self.starts, self.sizes)
-        # Indices are distinct and sorted, so a Unit at its own rank has all others before it.
-        never = np.iinfo(np.int64).max
-        ends = np.where(_numpy(entries["is_last"]) & (index == self.rank), self.rank, never)
-        self.last = np.minimum.reduceat(ends, self.starts) if len(self.starts) else np.zeros(0, np.int64)
-        self.complete: NDArray[np.bool_] = self.last < never
-
-    def counted(self) -> NDArray[np.bool_]:
-        """[rows] the Units up to the last one, of complete recordings and of partial ones."""
-        counted: NDArray[np.bool_] = self.rank <= np.repeat(self.last, self.sizes)
-        return counted
-
-    def any(self, rows: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        return self.sum(rows.astype(np.int64)) > 0
-
-    def sum(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        return np.add.reduceat(rows, self.starts) if len(self.starts) else np.zeros(0, np.int64)
-
-
-def begins(entries: pa.Table, *columns: str) -> NDArray[np.bool_]:
-    """[rows] whether a row differs from the one before it in any of `columns`."""
-    begins = np.zeros(len(entries), np.bool_)
-    begins[:1] = True
-    for name in columns:
-        column = entries[name]
-        begins[1:] |= _numpy(pc.not_equal(column.slice(1), column.slice(0, max(0, len(column) - 1))))
-    return begins
-
-
-def _numpy(column: pa.ChunkedArray) -> NDArray[Any]:
-    values: NDArray[Any] = column.to_numpy()
-    return values

@@ -19,8 +19,9 @@ from pipeline import finalize as finalizing
 from pipeline.errors import OutputHeldError, StoreError
 from pipeline.finalize import SCHEMAS, Success, finalize, read_success
 from pipeline.lease import FINALIZE_LEASE, Lease
-from pipeline.ledger import SNAPSHOTS, commit, data_path
+from pipeline.ledger import SNAPSHOTS, commit
 from pipeline.output import SUCCESS, Output, write_inputs
+from pipeline.pieces import data_path
 from pipeline.schema import shard_of
 from pipeline.store import Store
 from pipeline.types import Recording
@@ -312,18 +313,18 @@ def test_damaged_and_lost_data_is_named(local: Output) -> None:
     put(local.store, ok("a"), ok("b"), name="n1")
     whole = local.store.get(data_path("n1")) or b""
     local.store.put(data_path("n1"), whole[:-100])
-    with pytest.raises(StoreError, match=r"_run/data/n1\.parquet is damaged"):
+    with pytest.raises(StoreError, match=r"_run/data/n1\.arrow is damaged"):
         tables(local)
     local.store.delete(data_path("n1"))
-    with pytest.raises(StoreError, match=r"_run/data/n1\.parquet is gone, and with it"):
+    with pytest.raises(StoreError, match=r"_run/data/n1\.arrow is gone; see `murmur verify`"):
         tables(local)
-    put(local.store, ok("a"), name="n1")
-    with pytest.raises(StoreError, match=r"n1\.parquet lacks 1 of its"):
+    local.store.put(data_path("n1"), whole[:500] + b"?" + whole[501:])
+    with pytest.raises(StoreError, match=r"n1\.arrow is damaged \(other bytes than were written\)"):
         tables(local)
     said = read_success(local.store)
     assert said is not None
     assert not said.complete
-    put(local.store, ok("a"), ok("b"), name="n1")
+    local.store.put(data_path("n1"), whole)
     assert tables(local).counts["unlisted"] == 2
 
 
@@ -411,7 +412,7 @@ def test_on_ray_it_is_the_same(tmp_path: Path, ray_cluster: None, broken: bool) 
     here = tables(outputs[0])
     if broken:
         outputs[1].store.delete(data_path("n1"))
-        with pytest.raises(StoreError, match=r"n1\.parquet is gone"):
+        with pytest.raises(StoreError, match=r"n1\.arrow is gone"):
             finalize(outputs[1])
     else:
         assert finalize(outputs[1]) == here

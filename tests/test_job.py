@@ -29,9 +29,10 @@ from pipeline.errors import (
     StoreError,
 )
 from pipeline.lease import Lease
-from pipeline.ledger import Ledger, data_path
+from pipeline.ledger import Ledger
 from pipeline.manifest import read_inputs
 from pipeline.output import read_output
+from pipeline.pieces import read_object
 from pipeline.schema import recording_row, segment_rows, unit_from_row, word_rows
 from pipeline.stitch import stitch
 from pipeline.store import Store
@@ -49,7 +50,7 @@ def committed(output: str) -> dict[str, Transcript]:
     """The Transcripts that the ledger holds, by recording id."""
     out = read_output(output)
     names = Ledger.read(out.store, out.run.n_shards).winners["object"].unique().to_pylist()
-    units = [unit_from_row(row) for name in names for row in pq.read_table(f"{output}/{data_path(name)}").to_pylist()]
+    units = [unit_from_row(row) for name in names for row in read_object(out.store, name).to_pylist()]
     by_id: dict[str, list[Any]] = {}
     for unit in units:
         by_id.setdefault(unit.recording.id, []).append(unit)

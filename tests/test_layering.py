@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "pipeline.manifest", "pipeline.audio", "pipeline.vad", "pipeline.units", "pipeline.windows",
         "pipeline.stitch", "pipeline.formats", "pipeline.scoring", "pipeline.schema", "pipeline.store",
         "pipeline.pools", "pipeline.census", "pipeline.todo", "pipeline.output",
-        "pipeline.ledger", "pipeline.lease", "pipeline.silero",
+        "pipeline.ledger", "pipeline.lease", "pipeline.silero", "pipeline.entries", "pipeline.pieces", "pipeline.void",
     ),
     ("pipeline.engine",),
     ("pipeline.transcribe", "pipeline.sink", "pipeline.finalize", "pipeline.report"),

@@ -16,8 +16,9 @@ import pytest
 from commits import OPEN, begin, failed, ok, put, read_ledger, unreadable, winner
 
 from pipeline.errors import ManifestError, OutputError, OutputMismatchError
-from pipeline.ledger import DATA, SNAPSHOTS, Ledger, data_path, ledger_path
+from pipeline.ledger import SNAPSHOTS, Ledger, ledger_path
 from pipeline.output import CONFIG, INPUTS, LEDGER, newest_inputs, read_input_ids, read_output, write_inputs
+from pipeline.pieces import DATA, data_path
 from pipeline.store import Store
 from pipeline.types import Recording, UnitResult
 
@@ -159,7 +160,7 @@ def test_only_what_a_ledger_object_names_counts(local: Store) -> None:
     put(local, ok("orphan"), name="n2")
     local.delete(ledger_path("n2"))
     local.put(data_path("stray"), b"anything")
-    assert local.sizes(DATA).keys() == {"n1.parquet", "n2.parquet", "stray.parquet"}
+    assert local.sizes(DATA).keys() == {"n1.arrow", "n2.arrow", "stray.arrow"}
     assert read_ledger(local).recordings()["recording_id"].to_pylist() == ["a"]
 
 
@@ -366,7 +367,7 @@ def test_a_ledger_object_says_what_is_in_the_data_object(local: Store) -> None:
     put(local, ok("a"), failed("b", kind="non_finite"), name="n1")
     said = json.loads(local.get(ledger_path("n1")) or b"")
     assert said["data"] == data_path("n1")
-    assert said["bytes"] == local.sizes(DATA)["n1.parquet"]
+    assert said["bytes"] == local.sizes(DATA)["n1.arrow"]
     assert [(u["recording_id"], u["ok"], u["kind"], u["n_samples"]) for u in said["units"]] == [
         ("a", True, None, 160_000),
         ("b", False, "non_finite", 160_000),

@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from commits import failed, ok, put, read_ledger, table
 
 from pipeline.errors import StoreError
-from pipeline.ledger import DATA, Committed, commit, data_path, ledger_path
+from pipeline.ledger import Committed, commit, ledger_path
 from pipeline.output import LEDGER
+from pipeline.pieces import DATA, data_path, from_bytes
 from pipeline.schema import DATA as DATA_SCHEMA
 from pipeline.schema import UNITS, shard_of, unit_from_row
 from pipeline.sink import LedgerSink
@@ -32,7 +32,7 @@ def test_a_commit_can_be_read_back(local: Store) -> None:
     done = commit(local, table(results), 3, name="n1")
     assert done == Committed("n1", units=3, failed=1, n_samples=480_000)
     raw = local.get(data_path("n1")) or b""
-    rows = pq.read_table(pa.BufferReader(raw))
+    rows = from_bytes(raw)
     assert rows.schema.equals(DATA_SCHEMA)
     assert [unit_from_row(row) for row in rows.to_pylist()] == results
     assert rows["shard"].to_pylist() == [shard_of(r.recording.id, 3) for r in results]
@@ -62,7 +62,7 @@ def test_a_refused_ledger_object_leaves_an_orphan_that_does_not_count(local: Sto
     (Path(local.uri) / ledger_path("n1")).mkdir()  # in the way
     with pytest.raises(StoreError, match=r"cannot write .*n1\.json: IsADirectoryError"):
         put(local, ok("a"), name="n1")
-    assert local.sizes(DATA).keys() == {"n1.parquet"}
+    assert local.sizes(DATA).keys() == {"n1.arrow"}
     assert read_ledger(local).resume().ok == set()
 
 
