@@ -1,7 +1,8 @@
 """Any container or codec → mono 16 kHz int16, streamed; the only file that knows a codec.
 
-The same bytes give the same samples on every try: content alone decides what a file is, never its name, and one
-thread decodes. libav reads from a file object of ours and can open nothing else, so a playlist reads nothing.
+It runs in the decoder's process (`decoder_child.py`) and knows no store: it is given a file to read. The same bytes
+give the same samples on every try: content alone decides what a file is, never its name, and one thread decodes. libav
+reads from that file and can open nothing else, so a playlist reads nothing.
 
 - Track: the audio stream libav calls best (`av_find_best_stream`), the same on every run.
 - Channels (`mix`): their average, over blocks of one second. Where the channels cancel each other in a block, the
@@ -16,13 +17,12 @@ thread decodes. libav reads from a file object of ours and can open nothing else
 from __future__ import annotations
 
 import errno
+import importlib
+import pkgutil
 import re
-import shutil
-import struct
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import av
 import numpy as np
@@ -34,10 +34,10 @@ from pipeline.errors import (
     DamagedAudioError,
     EmptyAudioError,
     NoAudioStreamError,
-    TooLongError,
 )
-from pipeline.manifest import filesystem, public_uri, source_error
-from pipeline.types import SAMPLE_RATE, Pcm, Recording, seconds
+from pipeline.sliced import SlicedStream
+from pipeline.types import SAMPLE_RATE, Pcm, seconds
+from pipeline.wav import wav_seconds
 
 # Demuxers that may be used: files of sound or film that hold their own media. Playlists, network sessions, images,
 # subtitles and devices are not among them.
@@ -51,42 +51,59 @@ _HEADER_IS_ALL = {"aiff", "caf", "flac", "wav"}
 _PROMISES = {"aiff", "au", "flac", "mov,mp4,m4a,3gp,3g2,mj2", "wv"}  # the exact length
 _PCM_SEEKS = {"aiff", "au", "caf", "w64", "wav"}  # exact to the sample where the codec is PCM
 
-READ_AHEAD = 4 << 20  # bytes asked of a remote store at a time
 _AV_BUFFER = 128 << 10  # bytes libav asks of us at a time
 _HEAD = 64 << 10  # bytes looked at for what libav does not tell
 _READ_ERRORS = 16  # in a row, until reading is given up
-_SHORT = 0.1  # seconds that may be missing at the end: encoders round
+_SHORT = 0.1  # seconds; a film that begins later than that states more than it has of sound
 _LEAST_GAP, _MOST_GAP = 0.2, 60.0  # seconds; less is jitter, more is a new start of the clock
 _RATES = range(1_000, 3_000_001)  # Hz; others are damage, and cost memory to resample
+_OURS = {("s16", "mono", SAMPLE_RATE), ("s16p", "mono", SAMPLE_RATE)}  # forms that need no resampling
+
+Converter = Callable[[Any], Iterator[NDArray[np.int16]]]  # a frame, or None at the end → int16 [c, n] at 16 kHz
 
 
-def open_audio(recording: Recording, *, channels: str, max_audio_s: int) -> AudioStream:
-    """The sound of a recording. Raises an `AudioError` where it cannot be had, `ConfigError` for `channels`."""
-    if channels != "mix":
-        raise ConfigError(f"channels: {channels!r} is not supported yet; mix is")
-    return AudioStream(recording, max_audio_s)
+def load_all() -> None:
+    """Import what av imports when it is first used: for a process that will be able to open no file any more."""
+    for module in pkgutil.walk_packages(av.__path__, "av."):
+        if module.name not in ("av.__main__", "av.datasets"):
+            importlib.import_module(module.name)
 
 
-class AudioStream:
-    """Blocks of a recording's samples, to be iterated once: int16 [n], n ≤ 16,000, mono, 16 kHz.
+class Bytes(Protocol):
+    """What a file of sound must be able to do: a part of `io.RawIOBase`."""
 
-    An `AudioError` may come after any block. `flags` is complete when the blocks are. Memory does not grow with length.
+    def read(self, size: int, /) -> bytes: ...
+    def seek(self, offset: int, whence: int = 0, /) -> int: ...
+    def tell(self) -> int: ...
+
+
+class AudioStream(SlicedStream):
+    """Blocks of a file's samples, to be iterated once: int16 [n], n ≤ 16,000, mono, 16 kHz.
+
+    `name` is what messages call the file; `offset` and `length` (samples) choose a slice of it. An `AudioError` may
+    come at once or after any block, `MemoryError` where libav or numpy may have no more. `flags` is complete when the
+    blocks are. Memory does not grow with length.
     """
 
-    def __init__(self, recording: Recording, max_audio_s: int) -> None:
-        self.flags: set[str] = set()
-        self.attempts = 1  # a store's own library asks again where that helps
-        self._recording = recording
-        self._name = public_uri(recording.uri)
-        self._max_s = max_audio_s
+    def __init__(
+        self,
+        file: Bytes,
+        name: str,
+        *,
+        channels: str = "mix",
+        max_audio_s: int,
+        offset: int | None = None,
+        length: int | None = None,
+    ) -> None:
+        if channels != "mix":
+            raise ConfigError(f"channels: {channels!r} is not supported yet; mix is")
+        super().__init__(name, max_audio_s, offset, length)
+        self._file = file
         self._damage: str | None = None  # what libav said of the first packet it could not decode
         self._cut: str | None = None  # what it said when it could not read on
-        self._source = _Source(recording.uri)
-        try:
-            self._open()
-        except BaseException:
-            self._source.close()
-            raise
+        self._head = file.read(_HEAD)
+        file.seek(0)
+        self._open()
 
     def __enter__(self) -> AudioStream:
         return self
@@ -96,44 +113,24 @@ class AudioStream:
 
     def close(self) -> None:
         self._container.close()
-        self._source.close()
-
-    def __iter__(self) -> Iterator[Pcm]:
-        offset, length = self._recording.offset or 0, self._recording.length
-        stop = None if length is None else offset + length
-        position = self._seek(offset)
-        done = 0
-        for block in self._blocks():
-            part = block[max(offset - position, 0) : None if stop is None else max(stop - position, 0)]
-            position += len(block)
-            done += len(part)
-            if done > self._max_s * SAMPLE_RATE:
-                raise self._too_long()
-            if len(part):
-                yield part
-            if stop is not None and position >= stop:
-                return
-        self._check_end(position)
-        wanted = offset + 1 if stop is None else stop - _SHORT * SAMPLE_RATE
-        if self._recording.offset is not None and position < wanted:
-            self.flags.add("slice_beyond_end")
 
     # ---- opening
 
     def _open(self) -> None:
-        if not self._source.head:
+        if not self._head:
             raise EmptyAudioError(f"{self._name}: the file is empty (0 bytes)")
         try:
             self._container = av.open(
-                self._source,
+                self._file,
                 mode="r",
                 container_options={"format_whitelist": FORMATS, "protocol_whitelist": "none"},
                 metadata_errors="replace",
                 buffer_size=_AV_BUFFER,
                 io_open=_refuse,
             )
+        except MemoryError:  # av's own is an FFmpegError too
+            raise
         except (av.FFmpegError, ValueError) as error:
-            self._source.check()
             refused = getattr(error, "errno", None) == errno.EINVAL  # a format that is not among ours
             reason = "its content is of no known format" if refused else _reason(error)
             raise DamagedAudioError(f"{self._name}: no audio file that can be read ({reason})") from None
@@ -144,7 +141,6 @@ class AudioStream:
             raise
 
     def _choose_track(self) -> None:
-        self._source.check()
         stream = self._container.streams.best("audio")
         if stream is None:
             raise NoAudioStreamError(f"{self._name}: no audio in this file")
@@ -156,15 +152,14 @@ class AudioStream:
         stream.codec_context.thread_count = 1
         self._stream = stream
         self._promised_s = self._promise()
-        if self._recording.offset is None and self._promised_s is not None and self._promised_s > self._max_s:
-            raise self._too_long()
+        self._check_promise()
 
     def _promise(self) -> float | None:
         """The length in seconds that the header states, where its format states it exactly."""
-        container, stream, head = self._container, self._stream, self._source.head
+        container, stream, head = self._container, self._stream, self._head
         form, alone = container.format.name, len(container.streams) == 1
         if form == "wav":  # libav shortens the header's length to the file's
-            return _wav_seconds(head) if stream.codec_context.name.startswith("pcm_") else None
+            return wav_seconds(head) if stream.codec_context.name.startswith("pcm_") else None
         if form == "matroska,webm":
             exact = alone and container.duration and (container.start_time or 0) < _SHORT * av.time_base
             return container.duration / av.time_base if exact else None
@@ -184,8 +179,9 @@ class AudioStream:
             return 0  # beyond the end: reading through tells how long it is
         try:
             self._container.seek(round(second / self._stream.time_base), stream=self._stream)
+        except MemoryError:
+            raise
         except av.FFmpegError as error:
-            self._source.check()
             raise DamagedAudioError(f"{self._name}: cannot be read at {second} s ({_reason(error)})") from None
         return second * SAMPLE_RATE
 
@@ -196,13 +192,12 @@ class AudioStream:
         while True:
             try:
                 for packet in self._container.demux(self._stream):
-                    self._source.check()
                     errors = 0
                     yield packet
-                self._source.check()
                 return
+            except MemoryError:
+                raise
             except av.FFmpegError as error:
-                self._source.check()
                 errors += 1
                 if errors == _READ_ERRORS:
                     self._cut = _reason(error)
@@ -214,6 +209,8 @@ class AudioStream:
                 yield from packet.decode()
             except av.error.EOFError:
                 continue  # flushed twice, after an error in reading
+            except MemoryError:
+                raise
             except av.FFmpegError as error:
                 self.flags.add("damaged_packets")
                 self._damage = self._damage or _reason(error)
@@ -221,32 +218,34 @@ class AudioStream:
     def _blocks(self) -> Iterator[Pcm]:
         """Mono samples in blocks that begin on whole seconds, unless a gap or a new format comes between."""
         mixer, clock = _Mixer(self.flags), _Clock()
-        resampler, form = None, None
+        convert: Converter | None = None
+        form = None
         for frame in self._frames():
             gap = clock.gap_before(frame)
             if gap or form != _form(frame):
-                yield from self._resampled(resampler, None, mixer)
+                yield from self._converted(convert, None, mixer)
                 yield from self._silence(gap)
                 form = _form(frame)
-                resampler = self._resampler(frame)
+                convert = self._converter(frame)
             frame.pts = None
-            yield from self._resampled(resampler, frame, mixer)
-        yield from self._resampled(resampler, None, mixer)
+            yield from self._converted(convert, frame, mixer)
+        yield from self._converted(convert, None, mixer)
 
-    def _resampler(self, frame: Any) -> Any:
+    def _converter(self, frame: Any) -> Converter:
         if frame.sample_rate not in _RATES:
             raise DamagedAudioError(f"{self._name}: a sample rate of {frame.sample_rate} Hz")
-        # Interleaved: PyAV 18.1 reads past the planes of a planar frame that has eight channels or more, and crashes.
-        return av.AudioResampler(format="s16", layout=frame.layout, rate=SAMPLE_RATE, frame_size=SAMPLE_RATE)
+        return _Join() if _form(frame) in _OURS else _Resampler(frame.layout)
 
-    def _resampled(self, resampler: Any, frame: Any, mixer: _Mixer) -> Iterator[Pcm]:
-        """What the resampler has ready with `frame` (None: all that is left in it), mixed."""
+    def _converted(self, convert: Converter | None, frame: Any, mixer: _Mixer) -> Iterator[Pcm]:
+        """What the converter has ready with `frame` (None: all that is left in it), mixed."""
         try:
-            ready = resampler.resample(frame) if resampler is not None else []
+            ready = list(convert(frame)) if convert is not None else []
+        except MemoryError:
+            raise
         except (av.FFmpegError, ValueError) as error:
             raise DamagedAudioError(f"{self._name}: its samples cannot be converted ({_reason(error)})") from None
         for block in ready:
-            yield mixer.mix(block.to_ndarray().reshape(block.samples, -1).T)
+            yield mixer.mix(block)
 
     def _silence(self, gap_s: float) -> Iterator[Pcm]:
         left = round(gap_s * SAMPLE_RATE)
@@ -265,88 +264,39 @@ class AudioStream:
             raise DamagedAudioError(f"{self._name}: no packet of it can be decoded ({self._damage})")
         if self._cut:
             raise DamagedAudioError(f"{self._name}: reading fails after {seconds(position):.1f} s ({self._cut})")
-        promised = self._promised_s
-        if promised is not None and seconds(position) < promised - _SHORT:
-            raise DamagedAudioError(
-                f"{self._name}: ends after {seconds(position):.1f} s of the {promised:.1f} s that its header promises"
-            )
-        if position == 0 and promised is None and self._container.format.name not in _HEADER_IS_ALL:
+        super()._check_end(position)
+        if position == 0 and self._promised_s is None and self._container.format.name not in _HEADER_IS_ALL:
             raise DamagedAudioError(f"{self._name}: ends after its header")
 
-    def _too_long(self) -> TooLongError:
-        return TooLongError(f"{self._name}: longer than max_audio_s ({self._max_s} s)")
+
+class _Resampler:
+    """Frames of one form → 16 kHz int16 [c, n], in blocks of a second."""
+
+    def __init__(self, layout: Any) -> None:
+        # Interleaved: PyAV 18.1 reads past the planes of a planar frame that has eight channels or more, and crashes.
+        self._resampler = av.AudioResampler(format="s16", layout=layout, rate=SAMPLE_RATE, frame_size=SAMPLE_RATE)
+
+    def __call__(self, frame: Any) -> Iterator[NDArray[np.int16]]:
+        for block in self._resampler.resample(frame):
+            yield block.to_ndarray().reshape(block.samples, -1).T
 
 
-class _Source:
-    """The bytes of a recording for libav: seekable, and it remembers what its store raised.
+class _Join:
+    """The same for frames that are mono 16 kHz int16 already, at a tenth of the cost."""
 
-    libav takes an error in reading for the end of the file, or hides it; whoever calls libav calls `check` after.
-    """
+    def __init__(self) -> None:
+        self._parts: list[NDArray[np.int16]] = []  # [1, n] each
+        self._n_samples = 0
 
-    def __init__(self, uri: str) -> None:
-        self._uri = uri
-        self._error: BaseException | None = None
-        try:
-            self._fs, self._path = filesystem(uri)
-            self._file = self._fs.open(self._path, "rb", block_size=READ_AHEAD, cache_type="readahead")
-            if not self._file.seekable() or getattr(self._file, "size", 0) is None:  # a server that states no length
-                self._file = _spooled(self._file)
-        except Exception as error:  # every store's library has exceptions of its own
-            raise source_error(error, uri) from None
-        self.head = self.read(_HEAD)
-        self.seek(0)
-        try:
-            self.check()
-        except BaseException:
-            self.close()
-            raise
-
-    def read(self, size: int) -> bytes:
-        if self._error is not None:
-            return b""
-        try:
-            try:
-                return bytes(self._file.read(size))
-            except ValueError:  # an HTTP server that answers no ranges
-                self._start_over()
-                return bytes(self._file.read(size))
-        except BaseException as error:  # also an interrupt, which libav would swallow
-            self._error = error
-            return b""
-
-    def _start_over(self) -> None:
-        at = self._file.tell()
-        self._file.close()
-        self._file = _spooled(self._fs.open(self._path, "rb", block_size=0))
-        self._file.seek(at)
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        try:
-            return int(self._file.seek(offset, whence))
-        except (OSError, ValueError):  # a damaged file may point anywhere; libav understands -1
-            return -1
-
-    def tell(self) -> int:
-        return int(self._file.tell())
-
-    def close(self) -> None:
-        self._file.close()
-
-    def check(self) -> None:
-        """Raise what the store raised while libav was reading."""
-        if isinstance(self._error, Exception):
-            raise source_error(self._error, self._uri) from None
-        if self._error:
-            raise self._error
-
-
-def _spooled(file: Any) -> Any:
-    """All of a file that can only be read forward, as a temporary one: some formats have their index at the end."""
-    spool = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the source
-    with file:
-        shutil.copyfileobj(file, spool, READ_AHEAD)
-    spool.seek(0)
-    return spool
+    def __call__(self, frame: Any) -> Iterator[NDArray[np.int16]]:
+        if frame is not None:
+            self._parts.append(frame.to_ndarray().reshape(1, -1))
+            self._n_samples += frame.samples
+        while self._n_samples >= SAMPLE_RATE or (frame is None and self._n_samples):
+            joined = np.concatenate(self._parts, axis=1)
+            block, rest = joined[:, :SAMPLE_RATE], joined[:, SAMPLE_RATE:]
+            self._parts, self._n_samples = [rest], rest.shape[1]
+            yield block
 
 
 class _Clock:
@@ -420,18 +370,3 @@ def _reason(error: BaseException) -> str:
 
 # The frame that tells an MP3's length, with the flag that it does.
 _XING = re.compile(rb"(?:Xing|Info)\0\0\0[\x01\x03\x05\x07\x09\x0b\x0d\x0f]")
-
-
-def _wav_seconds(head: bytes) -> float | None:
-    """The length that a WAV header states; None where it states none (written to a pipe) or is not simple."""
-    if head[:4] != b"RIFF" or head[8:12] != b"WAVE":
-        return None
-    byte_rate, at = 0, 12
-    while at + 8 <= len(head):
-        name, size = struct.unpack_from("<4sI", head, at)
-        if name == b"fmt " and at + 20 <= len(head):
-            (byte_rate,) = struct.unpack_from("<I", head, at + 16)
-        if name == b"data":
-            return size / byte_rate if byte_rate and 0 < size < 0x7FFF0000 else None
-        at += 8 + size + size % 2
-    return None

@@ -123,8 +123,10 @@ class Config(_Frozen):
 
     max_failed_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
     max_audio_s: Annotated[int, Field(ge=1)] = 172_800
-    decode_timeout_s: Annotated[int, Field(ge=1)] | None = None
-    decode_memory_mb: Annotated[int, Field(ge=200)] = 1500
+    decode_timeout_s: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="a decoder's time for one file; null: a minute and a tenth of the audio decoded so far"
+    )
+    decode_memory_mb: Annotated[int, Field(ge=200)] = Field(1500, description="a decoder's, on top of its idle 45 MB")
     engine_timeout_s: Annotated[int, Field(ge=1)] = Field(
         600, description="an engine that has work and stands still for so long is started again"
     )
@@ -149,8 +151,6 @@ class Config(_Frozen):
         asked = {
             "engine: serve": self.engine == "serve",
             "channels: split": self.channels == "split",
-            "decode_timeout_s": self.decode_timeout_s is not None,
-            "decode_memory_mb": self.decode_memory_mb != type(self).model_fields["decode_memory_mb"].default,
         }
         for setting, is_set in asked.items():
             if is_set:

@@ -12,8 +12,10 @@
     ├── CrashLoopError      exit 3: engines die whatever they are given; resumable
     ├── AudioError          costs its recording only
     │   ├── NotFoundError, ForbiddenError, SourceError      the bytes cannot be had
+    │   │   └── SourceTimeoutError                          they come too slowly
     │   ├── EmptyAudioError, NoAudioStreamError             there is no sound in them
     │   ├── DamagedAudioError                               there is, and no decoder can read it
+    │   ├── DecoderCrashError                               they end the decoder's process
     │   └── TooLongError, DecodeTimeoutError, DecodeMemoryError     a limit was reached
     └── EngineError         costs its Unit only
         ├── EngineMemoryError, NonFiniteError
@@ -82,6 +84,8 @@ class CrashLoopError(MurmurError):
 
 class AudioError(MurmurError):
     kind = "audio"
+    store_wide: ClassVar[bool] = False  # whether it may be the store that refuses, and not this file
+    attempts = 1  # how often the bytes were asked for, or the decoder was started, until it was raised
 
 
 class NotFoundError(AudioError):
@@ -90,10 +94,17 @@ class NotFoundError(AudioError):
 
 class ForbiddenError(AudioError):
     kind = "forbidden"
+    store_wide = True
 
 
 class SourceError(AudioError):
     kind = "source"
+    store_wide = True
+
+
+class SourceTimeoutError(SourceError):
+    kind = "source_timeout"
+    store_wide = False
 
 
 class EmptyAudioError(AudioError):
@@ -106,6 +117,10 @@ class NoAudioStreamError(AudioError):
 
 class DamagedAudioError(AudioError):
     kind = "damaged_audio"
+
+
+class DecoderCrashError(AudioError):
+    kind = "decoder_crash"
 
 
 class TooLongError(AudioError):

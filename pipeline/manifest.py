@@ -108,6 +108,12 @@ _SHARED_ACCESS = re.compile(  # Azure's short names, which mean this only beside
     r"s[eiprstv]|srt|spr|sip|sdd|ses|sk(oid|tid|[estv])|saoid|suoid|scid|rsc[cdelt]", re.IGNORECASE
 )
 
+_STATUSES = ("status", "status_code", "code")  # of aiohttp's errors, Azure's and gcsfs's
+_NO_CREDENTIALS = frozenset(  # what the libraries of S3, Google and Azure raise before they have asked at all
+    "NoCredentialsError PartialCredentialsError CredentialRetrievalError TokenRetrievalError SSOTokenLoadError"
+    " UnauthorizedSSOTokenError NoAuthTokenError DefaultCredentialsError RefreshError ClientAuthenticationError".split()
+)
+
 
 def public_uri(uri: str) -> str:
     """`uri` without user info and signing parameters: for tables, logs and messages."""
@@ -141,15 +147,28 @@ def source_error(error: BaseException, uri: str) -> AudioError:
     """Why the bytes at `uri` cannot be had, as one line without secrets; `error` is what its store raised."""
     name = public_uri(uri)
     cause = error.__cause__ if _is_http(uri) and error.__cause__ is not None else error
-    status = getattr(cause, "status", None)
+    status = http_status(error)
+    if status in (401, 403) or isinstance(cause, PermissionError):  # s3fs: also an expired token, which is a 400
+        return ForbiddenError(f"{name}: access refused")
+    if type(cause).__name__ in _NO_CREDENTIALS:
+        return ForbiddenError(f"{name}: access refused: {redact(str(cause)).splitlines()[0]}")
     if status in (404, 410) or (status is None and isinstance(cause, FileNotFoundError)):
         return NotFoundError(f"{name}: not found")
-    if status in (401, 403) or (status is None and isinstance(cause, PermissionError)):
-        return ForbiddenError(f"{name}: access refused")
     if status is not None:
         return SourceError(f"{name}: the server answered {status}")
     lines = redact(str(cause)).strip().splitlines()
     return SourceError(f"{name}: cannot be read ({': '.join([type(cause).__name__, *lines[:1]])})")
+
+
+def http_status(error: BaseException) -> int | None:
+    """The status with which a server refused, where each store's library keeps it."""
+    for one in (error, error.__cause__):
+        response = getattr(one, "response", None)
+        found = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}  # botocore's
+        for status in (found.get("HTTPStatusCode"), *(getattr(one, name, None) for name in _STATUSES)):
+            if isinstance(status, int) and 400 <= status < 600:
+                return status
+    return None
 
 
 def _public(part: str, has_query: bool) -> str:

@@ -108,6 +108,7 @@ UNITS = pa.schema(
         _need("tokens_input", pa.int64()),
         _need("flags", _TEXTS),
         pa.field("failure", _FAILURE),
+        _need("attempts", pa.int32()),
     ]
 )
 # A committed data object: which file of the public tables a row will end in is known when it is written.
@@ -242,7 +243,7 @@ def recording_row(transcript: Transcript, *, model: str, model_revision: str | N
         "error_kind": failure.kind if failure else None,
         "error_message": failure.message if failure else None,
         "error_stage": failure.stage if failure else None,
-        "attempts": failure.attempts if failure else 1,
+        "attempts": failure.attempts if failure else transcript.attempts,
         "reference": recording.reference,
         "model": model,
         "model_revision": model_revision,

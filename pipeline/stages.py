@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,6 @@ from pipeline.config import Config
 from pipeline.engine import Engine, EngineConfig, load_engine
 from pipeline.engine.fake import Faults
 from pipeline.errors import (
-    AudioError,
     ConfigError,
     CrashLoopError,
     EngineError,
@@ -58,6 +58,7 @@ UNIT_ROW = pa.schema(
         ("speech", pa.binary()),
         ("language_pcm", pa.binary()),
         ("flags", pa.list_(pa.string())),
+        ("attempts", pa.int32()),
         ("failure", pa.string()),  # JSON of every field of `Failure`
     ]
 )
@@ -144,13 +145,7 @@ def _still_to_do(
 
 
 def _read(recording: Recording, config: Config, faults: Faults | None) -> Iterator[Unit | UnitResult]:
-    try:
-        if faults is not None:
-            faults.inject(recording.id, "decode")
-    except AudioError as error:
-        yield _unread(recording, error)
-    else:
-        yield from read_units(recording, config)
+    return read_units(recording, config, partial(faults.strike, recording.id, "decode") if faults else None)
 
 
 def _unread(recording: Recording, error: MurmurError, attempts: int = 1) -> UnitResult:
@@ -309,6 +304,7 @@ def unit_to_row(item: Unit | UnitResult) -> dict[str, Any]:
         "start": item.start,
         "is_last": item.is_last,
         "flags": list(item.flags),
+        "attempts": item.attempts,
     }
     if isinstance(item, UnitResult):
         return row | {"failure": json.dumps(dataclasses.asdict(item.failure)) if item.failure else None}
@@ -323,6 +319,7 @@ def unit_from_row(row: Mapping[str, Any]) -> Unit | UnitResult:
         "start": row["start"],
         "is_last": row["is_last"],
         "flags": tuple(row["flags"]),
+        "attempts": row["attempts"],
     }
     if row["pcm"] is None:
         # A failed recording's row has no samples, wherever in it decoding ended.

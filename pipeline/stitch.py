@@ -71,6 +71,7 @@ def stitch_unit(unit: Unit, plan: Plan, hypotheses: Sequence[Hypothesis]) -> Uni
         tokens_generated=sum(h.tokens_generated for h in hypotheses),
         tokens_input=sum(h.tokens_input for h in hypotheses),
         flags=unit.flags,
+        attempts=unit.attempts,
     )
     if unit.speech is None:
         return result
@@ -93,6 +94,7 @@ def failed_unit(unit: Unit, failure: Failure) -> UnitResult:
         uncovered_speech=speech,
         flags=unit.flags,
         failure=failure,
+        attempts=unit.attempts,
     )
 
 
@@ -122,6 +124,7 @@ def stitch(results: Sequence[UnitResult]) -> Transcript:
         tokens_input=sum(unit.tokens_input for unit in units),
         flags=tuple(dict.fromkeys(flag for unit in units for flag in unit.flags)),
         failure=failure,
+        attempts=max(unit.attempts for unit in units),
     )
 
 

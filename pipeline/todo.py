@@ -21,27 +21,22 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-<<<<<<< HEAD
-import pyarrow.parquet as pq
 from cryptography.fernet import Fernet
 from numpy.typing import NDArray
 
+from pipeline.entries import begins
 from pipeline.errors import StoreError
-from pipeline.ledger import Ledger, begins, data_path
+from pipeline.ledger import Ledger
+from pipeline.pieces import portions, read_rows
 from pipeline.schema import RECORDING
 from pipeline.store import Store
 from pipeline.types import SAMPLE_RATE, Recording
-=======
-
-from pipeline.ledger import Ledger
-from pipeline.pieces import portions, read_rows
-from pipeline.types import Recording, seconds
->>>>>>> 8605ac6 (Finalise reads every data object once: merged by shard before the snapshot, checked against its hash when it is read)
 
 log = logging.getLogger(__name__)
 
@@ -81,102 +76,6 @@ class Item:
     # Where the first Unit that is not done begins: there a failure is booked if the audio cannot be read any more.
     # None: it is not booked, as in a retry, where one stands already.
     gap_start: int | None = None
-<<<<<<< HEAD
-=======
-    hint_s: float | None = None  # the manifest's length
-    estimate_s: float | None = None  # that, else a guess from the size
-
-
-def item(recording: Recording, done: Iterable[int] = (), gap_start: int | None = None) -> Item:
-    return Item(to_json(recording), tuple(sorted(done)), gap_start, hint_s(recording), estimate_s(recording))
-
-
-def to_json(recording: Recording) -> str:
-    return json.dumps(dataclasses.asdict(recording))
-
-
-def from_json(text: str) -> Recording:
-    return Recording(**json.loads(text))
-
-
-def missing(listed: Iterable[Item], ledger: Ledger) -> list[Item]:
-    """Of `listed`, those that are neither done nor failed; the Units that a killed run left of them stay."""
-    resume = ledger.resume()
-    starts = _gap_starts(ledger, resume.partial.keys())
-    found, changed = [], 0
-    for it in listed:
-        recording = from_json(it.recording)
-        changed += resume.is_changed(recording)
-        if recording.id in resume.partial:
-            found.append(item(recording, resume.partial[recording.id], starts[recording.id]))
-        elif recording.id not in resume.ok and recording.id not in resume.failed:
-            found.append(it)
-    if changed:
-        log.warning("%d recordings have other bytes now than when they were read; they are not read again", changed)
-    return found
-
-
-def failed(listed: Sequence[Item], ledger: Ledger) -> list[Item]:
-    """The failed ones among `listed`, or all that the ledger knows, with the Units of each that are well."""
-    well = ledger.resume().failed
-    recordings = (from_json(it.recording) for it in listed) if listed else _committed(ledger, well.keys())
-    return [item(recording, well[recording.id]) for recording in recordings if recording.id in well]
-
-
-def again(recordings: Iterable[str], ledger: Ledger, round: int) -> list[Item]:
-    """What is left to do of these recordings (JSON) in the run, or the retry, that has begun with them in `round`."""
-    of = {from_json(text).id: text for text in recordings}
-    rows = _units(ledger, of, "index", "is_last", "ok", "round")
-    by_id = {name: list(units) for name, units in groupby(rows, key=lambda row: row["recording_id"])}
-    is_retry = round > ledger.round
-    starts = {} if is_retry else _gap_starts(ledger, of)
-    left = []
-    for name, text in of.items():
-        units = (one for one in by_id.get(name, ()) if one["ok"] or one["round"] >= round or not is_retry)
-        done = {unit["index"]: unit["is_last"] for unit in units}
-        last = min((index for index, is_last in done.items() if is_last), default=None)
-        if last is None or any(index not in done for index in range(last)):
-            left.append(item(from_json(text), done, None if is_retry else starts.get(name)))
-    return left
-
-
-def in_order(items: Iterable[Item]) -> list[Item]:
-    """The longest first; those of unknown length after them, in the manifest's order."""
-    return sorted(items, key=lambda it: -(it.estimate_s or 0.0))
-
-
-def blocks(items: Sequence[Item], tasks: int) -> Iterator[pa.Table]:
-    """`items` in portions of at most MAX_ROWS recordings and MAX_S seconds, a longer recording alone.
-
-    Few items make smaller ones, so that each of `tasks` decode tasks has several to take.
-    """
-    rows = max(1, min(MAX_ROWS, len(items) // (4 * tasks)))
-    block: list[Item] = []
-    length_s = 0.0
-    for it in items:
-        its_s = it.estimate_s or 0.0
-        if block and (len(block) == rows or length_s + its_s > MAX_S):
-            yield _table(block)
-            block, length_s = [], 0.0
-        block.append(it)
-        length_s += its_s
-    if block:
-        yield _table(block)
-
-
-def hint_s(recording: Recording) -> float | None:
-    """The length that the manifest says, in seconds."""
-    return seconds(recording.length) if recording.length is not None else recording.duration_s
-
-
-def estimate_s(recording: Recording) -> float | None:
-    """That, or a guess from the size; None where neither is known."""
-    hint = hint_s(recording)
-    if hint is not None or recording.size is None:
-        return hint
-    suffix = recording.uri.partition("?")[0].rpartition(".")[2].lower()
-    return recording.size / _BYTES_PER_S.get(suffix, _OTHER_BYTES_PER_S)
->>>>>>> 8605ac6 (Finalise reads every data object once: merged by shard before the snapshot, checked against its hash when it is read)
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,8 +156,10 @@ class Todo:
         rows = max(1, min(max_rows, len(self) // (4 * tasks)))
         source = Source(store, f"{FOLDER}/{uuid.uuid4().hex}", Fernet.generate_key())
         try:
-            with store.open(source.name, "wb") as file:
+            with tempfile.NamedTemporaryFile() as file:
                 places = [np.zeros((0, len(PLACE)), np.int64), *self._write(file, source, rows)]
+                file.flush()
+                store.put_file(source.name, Path(file.name))
             blocks = Blocks(source, np.concatenate(places))
             yield blocks
         finally:
@@ -332,7 +233,7 @@ def failed(listed: Listing | None, ledger: Ledger) -> Todo:
 
 
 def again(recordings: Iterable[str], ledger: Ledger, round: int) -> Todo:
-    """What is left to do of these recordings (JSON) in the run (`round` 0), or the retry, that has begun with them."""
+    """What is left to do of these recordings (JSON) in the run, or the retry, that has begun with them in `round`."""
     listed = Listing(map(from_json, recordings))
     ids = pa.chunked_array([table["id"].combine_chunks() for table in listed.tables()], pa.string())
     done = _units_done(ledger, ids, round)
@@ -354,10 +255,11 @@ def _n_changed(table: pa.Table, was: pa.Table) -> int:
 def _units_done(ledger: Ledger, ids: pa.ChunkedArray, round: int = 0) -> pa.Table:
     """`id`, `done`, `gap_start` and whether it `is_whole`, of each of these recordings of which any Unit is done.
 
-    Those are done that are well or were committed in `round` or later: all of them for a run, which is round 0.
+    All that count are done for a run; for a retry (a later `round` than the ledger's) those that are well or were
+    committed in it.
     """
-    units = ledger.winners
-    is_done = pc.or_(units["ok"], pc.greater_equal(units["round"], round))
+    units, is_retry = ledger.winners, round > ledger.round
+    is_done = pc.or_(units["ok"], pc.greater_equal(units["round"], round if is_retry else 0))
     units = units.filter(pc.and_(is_done, pc.is_in(units["recording_id"], ids))).combine_chunks()
     starts = np.flatnonzero(begins(units, "recording_id"))
     sizes = np.diff(starts, append=len(units))
@@ -368,7 +270,7 @@ def _units_done(ledger: Ledger, ids: pa.ChunkedArray, round: int = 0) -> pa.Tabl
     columns = {
         "id": units["recording_id"].take(pa.array(starts)),
         "done": pa.ListArray.from_arrays(pa.array([*starts, len(units)], pa.int32()), pa.array(index, pa.int32())),
-        "gap_start": pa.nulls(len(starts), pa.int64()) if round else pa.array(in_front),
+        "gap_start": pa.nulls(len(starts), pa.int64()) if is_retry else pa.array(in_front),
         "is_whole": pa.array(_per_group((is_last & has_all_before).astype(np.int64), starts) > 0),
     }
     return pa.table(columns)
@@ -388,21 +290,10 @@ def _with_done(table: pa.Table, done: pa.Table) -> pa.Table:
 
 def _committed(ledger: Ledger, ids: pa.ChunkedArray) -> Iterator[Recording]:
     """The recordings as they were committed: with all of their manifest line, the address without its secrets."""
-<<<<<<< HEAD
     mine = pc.and_(pc.is_in(ledger.winners["recording_id"], ids), pc.equal(ledger.winners["index"], 0))
-    firsts = ledger.winners.filter(mine).select(["object", "recording_id"]).sort_by("object")
-    for name in firsts["object"].unique().to_pylist():
-        with ledger.store.open(data_path(name)) as file:
-            table = pq.ParquetFile(file).read(["recording"])
-        wanted = set(firsts.filter(pc.equal(firsts["object"], name))["recording_id"].to_pylist())
-        rows = {row["id"]: row for row in table["recording"].to_pylist() if row["id"] in wanted}
-        yield from (Recording(**row) for row in rows.values())
-=======
-    units = ledger.winners.filter(pc.is_in(ledger.winners["recording_id"], pa.array(list(ids), pa.string())))
-    for portion in portions(units.filter(pc.equal(units["index"], 0))):
+    for portion in portions(ledger.winners.filter(mine)):
         for row in read_rows(ledger.store, portion)["recording"].to_pylist():
             yield Recording(**row)
->>>>>>> 8605ac6 (Finalise reads every data object once: merged by shard before the snapshot, checked against its hash when it is read)
 
 
 # ---- lengths

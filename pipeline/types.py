@@ -90,6 +90,7 @@ class Unit:
     speech: NDArray[np.uint8] | None = None  # [ceil(n / VAD_FRAME)] speech probability x 255; None: no VAD was run
     language_pcm: Pcm | None = None  # the recording's first speech, if it lies in an earlier Unit; else None
     flags: tuple[str, ...] = ()
+    attempts: int = 1  # how often its source was asked, or its decoder was started, until the audio was there
 
     @property
     def n_samples(self) -> int:
@@ -177,6 +178,7 @@ class UnitResult:
     tokens_input: int = 0
     flags: tuple[str, ...] = ()
     failure: Failure | None = None
+    attempts: int = 1  # its Unit's; a failure counts its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +200,7 @@ class Transcript:
     tokens_input: int = 0
     flags: tuple[str, ...] = ()
     failure: Failure | None = None
+    attempts: int = 1  # the most that any of its Units took
 
     @property
     def text(self) -> str:

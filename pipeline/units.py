@@ -9,18 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import chain
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pipeline.config import Config
+from pipeline.decoder import Audio, Strike, open_audio
 from pipeline.errors import AudioError, DamagedAudioError, failure_of
 from pipeline.types import SAMPLE_RATE, VAD_FRAME, Algorithm, Pcm, Recording, Unit, UnitResult
 from pipeline.vad import MAYBE_SPEECH, Frames, SileroVad, believed
 from pipeline.windows import SILENCE, energy, language_slice, lowest, pauses
-
-if TYPE_CHECKING:
-    from pipeline.audio import AudioStream
 
 TRUNCATED = "truncated_audio"  # the file is damaged beyond this unit
 RESTART = "sequential_restart"  # the decoder's history begins anew here
@@ -77,25 +74,30 @@ def cut_frame(values: Frames, limit: int) -> tuple[int, bool]:
     return lowest(values, 2 * limit // 3, limit), True
 
 
-def read_units(recording: Recording, config: Config) -> Iterator[Unit | UnitResult]:
+def read_units(recording: Recording, config: Config, strike: Strike | None = None) -> Iterator[Unit | UnitResult]:
     """The Units of a recording's file; what cannot be read becomes a failed `UnitResult`, never an exception.
 
     - Nothing decoded: one failed result, index 0, no samples.
     - Damage after some speech: the last Unit carries `truncated_audio`.
     - Damage after silence only, or another error half-way (the source, a limit): all that was decoded comes as Units,
       then a failed result without samples, so that the recording counts as failed and is tried again.
-    The stream's own flags are on the last Unit.
+    The stream's own flags are on the last Unit. `strike` gives the decoder faults to suffer.
     """
-    from pipeline.audio import open_audio  # loads the codecs, which engine processes do without
-
     try:
-        with open_audio(recording, channels=config.channels, max_audio_s=config.max_audio_s) as audio:
+        with open_audio(
+            recording,
+            channels=config.channels,
+            max_audio_s=config.max_audio_s,
+            memory_mb=config.decode_memory_mb,
+            timeout_s=config.decode_timeout_s,
+            strike=strike,
+        ) as audio:
             yield from _read(recording, audio, config)
     except AudioError as error:
-        yield _lost(recording, 0, 0, error, attempts=1)
+        yield _lost(recording, 0, 0, error, error.attempts)
 
 
-def _read(recording: Recording, audio: AudioStream, config: Config) -> Iterator[Unit | UnitResult]:
+def _read(recording: Recording, audio: Audio, config: Config) -> Iterator[Unit | UnitResult]:
     blocks = _UntilError(audio)
     spoken = False
     for unit in cut_units(
@@ -111,11 +113,12 @@ def _read(recording: Recording, audio: AudioStream, config: Config) -> Iterator[
             flagged = replace(unit, flags=(*unit.flags, *sorted(audio.flags)))
             yield from _last(flagged, blocks.error, audio.attempts, spoken)
         else:
-            yield unit
+            yield replace(unit, attempts=audio.attempts)
 
 
 def _last(unit: Unit, error: AudioError | None, attempts: int, spoken: bool) -> Iterator[Unit | UnitResult]:
     """How a stream ends that stopped with `error`, or without one."""
+    unit = replace(unit, attempts=attempts)
     if error is None:
         yield unit
     elif isinstance(error, DamagedAudioError) and spoken:
@@ -130,7 +133,7 @@ def _last(unit: Unit, error: AudioError | None, attempts: int, spoken: bool) -> 
 def _lost(recording: Recording, index: int, start: int, error: AudioError, attempts: int) -> UnitResult:
     """The row of the rest of a recording that nobody knows the length of."""
     failure = failure_of(error, "decode", attempts)
-    return UnitResult(recording, index, is_last=True, start=start, n_samples=0, failure=failure)
+    return UnitResult(recording, index, is_last=True, start=start, n_samples=0, failure=failure, attempts=attempts)
 
 
 def _speaks(unit: Unit) -> bool:

@@ -15,7 +15,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pipeline.types", "pipeline.errors", "pipeline.config", "pipeline.signals", "pipeline.machine"),
     ("pipeline.demo",),
     (
-        "pipeline.manifest", "pipeline.audio", "pipeline.vad", "pipeline.units", "pipeline.windows",
+        "pipeline.manifest", "pipeline.audio", "pipeline.decoder",
+        "pipeline.decoder_child", "pipeline.decoder_wire", "pipeline.source", "pipeline.sliced", "pipeline.wav",
+        "pipeline.vad", "pipeline.units", "pipeline.windows",
         "pipeline.stitch", "pipeline.formats", "pipeline.scoring", "pipeline.schema", "pipeline.store",
         "pipeline.pools", "pipeline.census", "pipeline.todo", "pipeline.output",
         "pipeline.ledger", "pipeline.lease", "pipeline.silero", "pipeline.entries", "pipeline.pieces", "pipeline.void",

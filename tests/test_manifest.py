@@ -23,7 +23,7 @@ import pytest
 from audio_files import noise, write_wav
 
 from pipeline import manifest
-from pipeline.audio import open_audio
+from pipeline.decoder import open_audio
 from pipeline.errors import ManifestError
 from pipeline.manifest import AUDIO_EXTENSIONS, default_id, public_uri, read_inputs
 from pipeline.types import Recording

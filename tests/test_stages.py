@@ -37,9 +37,11 @@ def same(one: Unit | UnitResult, other: Unit | UnitResult) -> bool:
     "item",
     [
         Unit(RECORDING, 0, 0, tone(220, 1.0), is_last=True),
-        Unit(RECORDING, 3, 16_000, np.zeros(0, np.int16), False, np.zeros(0, np.uint8), tone(220, 0.5), ("a", "b")),
+        Unit(RECORDING, 3, 16_000, np.zeros(0, np.int16), False, np.zeros(0, np.uint8), tone(220, 0.5), ("a", "b"), 3),
         Unit(RECORDING, 1, 512, tone(220, 2.0), False, np.arange(63, dtype=np.uint8), None),
-        UnitResult(RECORDING, 2, True, 99, 0, flags=("x",), failure=Failure("damaged_audio", "no", "decode", 3)),
+        UnitResult(
+            RECORDING, 2, True, 99, 0, flags=("x",), failure=Failure("damaged_audio", "no", "decode", 3), attempts=3
+        ),
     ],
     ids=["plain", "empty", "with speech", "failed"],
 )
@@ -122,7 +124,8 @@ def test_a_fault_in_decode_costs_its_recording(
     faults = Faults([Fault(match="lo*", stage="decode", kind="oom")], None)
     (failed,) = run_decode(config, [Item(recording)], faults)
     assert isinstance(failed, UnitResult)
-    assert failed.failure == Failure("memory", "injected oom", "decode")
+    message = f"{recording.uri}: decoding it needs more than decode_memory_mb (1500 MB)"
+    assert failed.failure == Failure("memory", message, "decode", attempts=2)
 
 
 def stage(config: Config, batch: list[Unit | UnitResult]) -> list[UnitResult]:

@@ -288,13 +288,16 @@ class Stream:
 
 
 def read(monkeypatch: pytest.MonkeyPatch, stream: Stream | AudioError, **settings: object) -> list[Unit | UnitResult]:
-    def open_audio(recording: Recording, *, channels: str, max_audio_s: int) -> Stream:
-        assert (recording, channels, max_audio_s) == (RECORDING, "mix", 172_800)
+    def open_audio(recording: Recording, **limits: object) -> Stream:
+        assert recording == RECORDING
+        assert limits == {
+            "channels": "mix", "max_audio_s": 172_800, "memory_mb": 1500, "timeout_s": None, "strike": None
+        }  # fmt: skip
         if isinstance(stream, AudioError):
             raise stream
         return stream
 
-    monkeypatch.setattr("pipeline.audio.open_audio", open_audio)
+    monkeypatch.setattr("pipeline.units.open_audio", open_audio)
     items = list(read_units(RECORDING, Config.model_validate({"unit_length_s": 30, **settings})))
     assert isinstance(stream, AudioError) or stream.closed
     return items

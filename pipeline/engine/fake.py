@@ -23,9 +23,6 @@ import numpy as np
 from pipeline.config import Fault, FaultStage
 from pipeline.engine import EngineConfig, EngineInfo, EngineLoad, options_for
 from pipeline.errors import (
-    DamagedAudioError,
-    DecodeMemoryError,
-    EmptyAudioError,
     EngineError,
     EngineMemoryError,
     MurmurError,
@@ -44,15 +41,9 @@ _WORDS_PER_S = 2.0
 _FOREVER_S = 3600.0  # a hang, unless the fault's text gives other seconds
 _LOOP = 60  # repetitions of a hallucinated loop: enough for a compression ratio far above 2.4
 
-_DECODE_ERRORS: dict[str, type[MurmurError]] = {
-    "raise": DamagedAudioError,
-    "oom": DecodeMemoryError,
-    "empty": EmptyAudioError,
-}
 _ENGINE_ERRORS: dict[str, type[MurmurError]] = {"raise": EngineError, "oom": EngineMemoryError, "nan": NonFiniteError}
 _SINK_ERRORS: dict[str, type[MurmurError]] = {"raise": StoreError}
 _ERRORS: dict[FaultStage, dict[str, type[MurmurError]]] = {
-    "decode": _DECODE_ERRORS,
     "engine": _ENGINE_ERRORS,
     "sink": _SINK_ERRORS,
 }
@@ -92,7 +83,10 @@ class Faults:
 
 
 def act(fault: Fault, stage: FaultStage, sleep: Callable[[float], object] = time.sleep) -> None:
-    """Does to this process what `fault` says: raises, hangs or ends it. Kinds that change the text do nothing here."""
+    """Does to this process what `fault` says: raises, hangs or ends it. Kinds that change the text do nothing here.
+
+    Faults of stage `decode` are for the decoder's own process (`decoder_child.py`).
+    """
     if fault.kind == "exit":
         os._exit(1)
     if fault.kind == "hang":
