@@ -108,7 +108,6 @@ _SHARED_ACCESS = re.compile(  # Azure's short names, which mean this only beside
     r"s[eiprstv]|srt|spr|sip|sdd|ses|sk(oid|tid|[estv])|saoid|suoid|scid|rsc[cdelt]", re.IGNORECASE
 )
 
-_STATUSES = ("status", "status_code", "code")  # of aiohttp's errors, Azure's and gcsfs's
 _NO_CREDENTIALS = frozenset(  # what the libraries of S3, Google and Azure raise before they have asked at all
     "NoCredentialsError PartialCredentialsError CredentialRetrievalError TokenRetrievalError SSOTokenLoadError"
     " UnauthorizedSSOTokenError NoAuthTokenError DefaultCredentialsError RefreshError ClientAuthenticationError".split()
@@ -146,7 +145,8 @@ def filesystem(uri: str) -> tuple[Any, str]:
 def source_error(error: BaseException, uri: str) -> AudioError:
     """Why the bytes at `uri` cannot be had, as one line without secrets; `error` is what its store raised."""
     name = public_uri(uri)
-    cause = error.__cause__ if _is_http(uri) and error.__cause__ is not None else error
+    wrapped = _is_http(uri) and isinstance(error, FileNotFoundError) and error.__cause__ is not None
+    cause = error.__cause__ if wrapped else error
     status = http_status(error)
     if status in (401, 403) or isinstance(cause, PermissionError):  # s3fs: also an expired token, which is a 400
         return ForbiddenError(f"{name}: access refused")
@@ -164,10 +164,14 @@ def http_status(error: BaseException) -> int | None:
     """The status with which a server refused, where each store's library keeps it."""
     for one in (error, error.__cause__):
         response = getattr(one, "response", None)
-        found = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}  # botocore's
-        for status in (found.get("HTTPStatusCode"), *(getattr(one, name, None) for name in _STATUSES)):
-            if isinstance(status, int) and 400 <= status < 600:
-                return status
+        if isinstance(response, dict):  # botocore's
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        elif type(one).__name__ == "HttpError":  # gcsfs's; aiohttp has a `code` of its own for a body that was cut
+            status = getattr(one, "code", None)
+        else:  # aiohttp's, or Azure's
+            status = getattr(one, "status", getattr(one, "status_code", None))
+        if isinstance(status, int) and 400 <= status < 600:
+            return status
     return None
 
 

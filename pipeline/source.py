@@ -29,9 +29,9 @@ from typing import Any, TypeVar
 
 from fsspec.asyn import AsyncFileSystem
 from tenacity import AsyncRetrying, RetryCallState, Retrying, retry_if_exception, stop_after_attempt
-from tenacity.wait import wait_exponential_jitter
+from tenacity.wait import wait_exponential, wait_random
 
-from pipeline.errors import AudioError, SourceError, SourceTimeoutError
+from pipeline.errors import AudioError, ForbiddenError, NotFoundError, SourceError, SourceTimeoutError
 from pipeline.manifest import filesystem, http_status, public_uri, source_error
 
 FIRST = 1 << 20  # bytes of the first range: all of a small file
@@ -44,7 +44,7 @@ SLOWEST = 64 << 10  # bytes a second
 MOST_SPOOLED = 16 << 30  # bytes; what states no length and is longer is a broadcast that never ends
 _KEPT = 2  # ranges, besides the one that is being fetched
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}  # answers after which asking again may help
-_PERMANENT = (LookupError, NotImplementedError, TypeError, ValueError, FileNotFoundError, PermissionError, ImportError)
+_PERMANENT = (ImportError, IsADirectoryError, LookupError, NotImplementedError, TypeError, ValueError)
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+)|bytes \*/(\d+)")
 
 _T = TypeVar("_T")
@@ -274,16 +274,25 @@ def _seekable(file: Any) -> Any:
 
 
 def _spooled(file: Any) -> Any:
-    began = time.monotonic()
     spool = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the source
-    with file:
-        while data := file.read(SLOWEST * 4):
-            spool.write(data)
-            if time.monotonic() - began > PATIENCE_S + spool.tell() / SLOWEST:
-                raise _TooSlowError(f"{spool.tell()} bytes came in {time.monotonic() - began:.0f} s")
-            if spool.tell() > MOST_SPOOLED:
-                raise _EndlessError(f"states no length and goes on after {MOST_SPOOLED >> 30} GiB")
+    try:
+        with file:
+            _copy(file, spool)
+    except BaseException:
+        spool.close()
+        raise
     return spool
+
+
+def _copy(file: Any, spool: Any) -> None:
+    began = time.monotonic()
+    while data := file.read(SLOWEST * 4):
+        spool.write(data)
+        took_s = time.monotonic() - began
+        if took_s > PATIENCE_S + spool.tell() / SLOWEST:
+            raise _TooSlowError(f"{spool.tell()} bytes came in {took_s:.0f} s")
+        if spool.tell() > MOST_SPOOLED:
+            raise _EndlessError(f"states no length and goes on after {MOST_SPOOLED >> 30} GiB")
 
 
 # ---- trying again
@@ -331,7 +340,7 @@ class _Tries:
 
 def _pause_s(state: RetryCallState) -> float:
     """Seconds until the next try."""
-    backoff = wait_exponential_jitter(initial=FIRST_WAIT_S, max=MOST_WAIT_S, jitter=FIRST_WAIT_S)
+    backoff = wait_exponential(FIRST_WAIT_S, MOST_WAIT_S) + wait_random(0, FIRST_WAIT_S)
     error = state.outcome.exception() if state.outcome else None
     asked = _retry_after_s(error) if error else 0.0
     return max(backoff(state), min(asked, MOST_RETRY_AFTER_S))
@@ -340,6 +349,8 @@ def _pause_s(state: RetryCallState) -> float:
 def _may_pass(error: BaseException) -> bool:
     """Whether it may be otherwise a moment later."""
     if not isinstance(error, Exception) or isinstance(error, (_TooSlowError, _NoRangesError, _EndlessError)):
+        return False
+    if isinstance(source_error(error, ""), (ForbiddenError, NotFoundError)):
         return False
     status = http_status(error)
     return status in _TRANSIENT if status is not None else not isinstance(error, _PERMANENT)
