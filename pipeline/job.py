@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ from pipeline.report import Standing, Summary, Work, exit_code, number_of, progr
 log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
+TRIES = 3  # of Ray, at what it has lost
 MAX_CALLS = 200  # blocks after which a decode worker is replaced, whatever a codec has leaked by then
 RECORDINGS_PER_SHARD = 5_000  # of an hour each: files of some 250 MB, built in one process's memory
 MAX_SHARDS = 1_000
@@ -85,8 +87,7 @@ def transcribe(left: todo.Todo, round: int, output: Output, config: Config, clus
         for one in passes(left, round, output, pools, census):
             if one.why:
                 console.print(f"{number_of(len(one.left))} {one.why}")
-            with one.left.put(output.store, one.pools.decode_tasks) as blocks:
-                dataflow(blocks, one, output, config, census)
+            run_pass(one, output, config, census)
     wall_s = time.monotonic() - began
     return Work(recordings=len(left), audio_s=standing.look().audio_s, wall_s=wall_s, pools=pools.describe())
 
@@ -114,12 +115,42 @@ def passes(left: todo.Todo, round: int, output: Output, pools: Pools, census: An
     if (deferred := ray.get(census.deferred.remote())).sources:
         refuse_if_down(ray.get(census.known_good.remote()))
         ray.get(census.next_pass.remote())
-        left = todo.again(deferred.sources, _ledger(output), round)
+        left = todo.again(_listing(deferred.sources), _ledger(output), round)
         yield Pass(left, round, pools, is_final=True, why="could not be read, and are tried once more")
     if (deferred := ray.get(census.deferred.remote())).suspects:
-        left = todo.again(deferred.suspects, _ledger(output), round)
+        left = todo.again(_listing(deferred.suspects), _ledger(output), round)
         one = dataclasses.replace(pools, engines=1, units_per_call=1, calls_per_engine=1)
         yield Pass(left, round, one, is_final=True, alone=True, why="were in an engine that died, and are run alone")
+
+
+def run_pass(one: Pass, output: Output, config: Config, census: Any) -> None:
+    """The dataflow over one pass, and over what is left of it where Ray itself has lost something that it cannot make
+    again (a node with blocks that do not come out the same a second time, say): the ledger knows what was done.
+
+    Gives up, with Ray's error, where nothing more was committed for `TRIES` times.
+    """
+    from ray.exceptions import RayError
+
+    left, tries, n_units = one.left, 0, len(_ledger(output).winners)
+    while len(left):
+        try:
+            with left.put(output.store, one.pools.decode_tasks) as blocks:
+                dataflow(blocks, one, output, config, census)
+            return
+        except RayError as error:
+            ledger = _ledger(output)
+            tries = tries + 1 if len(ledger.winners) == n_units else 0
+            if not _is_rays_own(error) or tries == TRIES:
+                raise
+            log.warning("Ray lost something (%s), and what is left goes on", type(error).__name__)
+            left, n_units = todo.again(left, ledger, one.round), len(ledger.winners)
+
+
+def _is_rays_own(error: Exception) -> bool:
+    """Whether Ray failed, and not what it ran."""
+    from ray.exceptions import RayError, RayTaskError
+
+    return isinstance(error.cause, RayError) if isinstance(error, RayTaskError) else True
 
 
 def dataflow(blocks: todo.Blocks, one: Pass, output: Output, config: Config, census: Any) -> None:
@@ -176,6 +207,10 @@ def dataflow(blocks: todo.Blocks, one: Pass, output: Output, config: Config, cen
 
 def _ledger(output: Output) -> Ledger:
     return Ledger.read(output.store, output.run.n_shards)
+
+
+def _listing(recordings: Sequence[str]) -> todo.Listing:
+    return todo.Listing(map(todo.from_json, recordings))
 
 
 def _engine(config: Config, output: Output, pools: Pools, faults: Faults | None) -> EngineConfig:
@@ -350,6 +385,8 @@ class Cluster:
 
         if not ray.is_initialized():
             self._init()
+        # A run that ends early, or has less to write than it might have had: nobody needs to be told.
+        warnings.filterwarnings("ignore", "The maximum number of concurrent tasks for", UserWarning)
         context = DataContext.get_current().copy()
         context.enable_progress_bars = context.print_on_execution_start = log.isEnabledFor(logging.DEBUG)
         context.raise_original_map_exception = True  # our own errors come back as themselves, see `plain_errors`

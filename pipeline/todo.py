@@ -143,6 +143,10 @@ class Todo:
     def __len__(self) -> int:
         return self._spool.n_rows
 
+    def tables(self) -> Iterator[pa.Table]:
+        """Tables of `ITEM`."""
+        return self._spool.tables()
+
     @contextmanager
     def put(self, store: Store, tasks: int, max_rows: int = MAX_ROWS) -> Iterator[Blocks]:
         """The items in blocks of at most `max_rows` recordings and MAX_S seconds, a longer recording alone.
@@ -232,14 +236,15 @@ def failed(listed: Listing | None, ledger: Ledger) -> Todo:
     return Todo((_with_done(table, well) for table in tables), len(listed))
 
 
-def again(recordings: Iterable[str], ledger: Ledger, round: int) -> Todo:
-    """What is left to do of these recordings (JSON) in the run, or the retry, that has begun with them in `round`."""
-    listed = Listing(map(from_json, recordings))
-    ids = pa.chunked_array([table["id"].combine_chunks() for table in listed.tables()], pa.string())
-    done = _units_done(ledger, ids, round)
+def again(of: Listing | Todo, ledger: Ledger, round: int) -> Todo:
+    """What is left to do of these recordings in the run, or the retry, that has begun with them in `round`."""
+    return Todo(_open(table, ledger, round) for table in of.tables())
+
+
+def _open(table: pa.Table, ledger: Ledger, round: int) -> pa.Table:
+    done = _units_done(ledger, table["id"], round)
     whole = done.filter(done["is_whole"])["id"]
-    tables = (table.filter(pc.invert(pc.is_in(table["id"], whole))) for table in listed.tables())
-    return Todo(_with_done(table, done) for table in tables)
+    return _with_done(table.filter(pc.invert(pc.is_in(table["id"], whole))), done)
 
 
 def _of_status(recordings: pa.Table, status: str) -> pa.ChunkedArray:
