@@ -33,6 +33,12 @@ ENTRIES = pa.schema(
         pa.field("start", pa.int64(), nullable=False),  # the piece of it, in bytes, that holds the row
         pa.field("stop", pa.int64(), nullable=False),
         pa.field("sha256", pa.binary(32), nullable=False),  # of the piece
+        # To be shown, never to decide by; null in entries of before there were such columns.
+        pa.field("stage", pa.string()),  # of the failure, as is `attempts`
+        pa.field("attempts", pa.int32()),
+        pa.field("at", pa.float64()),  # when it was committed, in seconds since 1970
+        *(pa.field(name, pa.float32()) for name in ("source_s", "decode_s", "vad_s", "engine_s")),  # `types.Spent`
+        pa.field("commit_s", pa.float32()),  # its share of putting the data object
     ]
 )
 

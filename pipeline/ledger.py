@@ -27,6 +27,7 @@ import hashlib
 import io
 import json
 import logging
+import time
 import uuid
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ log = logging.getLogger(__name__)
 SNAPSHOTS = "_run/snapshots"
 
 _SAID = ("recording_id", "index", "is_last", "ok", "kind", "n_samples", "size", "etag")
+_SHOWN = ("stage", "attempts", "source_s", "decode_s", "vad_s", "engine_s")
 _PARSED_ROWS = 50_000  # held as Python objects at once
 
 
@@ -85,10 +87,13 @@ def commit(
     table = _with_shard(units, n_shards)
     name = name or uuid.uuid4().hex
     raw = to_bytes(table)
+    began = time.monotonic()
     store.put(data_path(name), raw)
+    clock = _rounded({"at": time.time(), "commit_s": (time.monotonic() - began) / table.num_rows})
     if between is not None:
         between(table)
-    store.put(ledger_path(name), to_ledger(name, table, round, bytes=len(raw), sha256=hashlib.sha256(raw).hexdigest()))
+    digest = hashlib.sha256(raw).hexdigest()
+    store.put(ledger_path(name), to_ledger(name, table, round, bytes=len(raw), sha256=digest, **clock))
     failed = table.num_rows - table["failure"].null_count
     return Committed(name, table.num_rows, failed, pc.sum(table["n_samples"]).as_py())
 
@@ -281,14 +286,18 @@ def read_snapshot(store: Store, snapshot: int, shard: int) -> pa.Table:
 def to_ledger(name: str, table: pa.Table, round: int, **about: Any) -> bytes:
     """The ledger object for the data object `name` with the rows `table` (of `schema.DATA`)."""
     units = []
-    for row in table.select(["recording_id", "index", "is_last", "n_samples", "recording", "failure"]).to_pylist():
-        recording, failure = row.pop("recording"), row.pop("failure")
-        kind = failure["kind"] if failure else None
-        units.append(
-            row | {"ok": kind is None, "kind": kind} | {key: recording[key] for key in ("uri", "size", "etag")}
-        )
+    columns = ["recording_id", "index", "is_last", "n_samples", "recording", "failure", "spent"]
+    for row in table.select(columns).to_pylist():
+        recording, failure, spent = row.pop("recording"), row.pop("failure"), row.pop("spent") or {}
+        why = {key: failure[key] for key in ("kind", "stage", "attempts")} if failure else {"kind": None}
+        its = {key: recording[key] for key in ("uri", "size", "etag")}
+        units.append(row | {"ok": failure is None} | why | its | _rounded(spent))
     said = {"format": 1, "data": data_path(name), **about, "round": round, "units": units}
     return json.dumps(said, ensure_ascii=False).encode()
+
+
+def _rounded(spent: Mapping[str, float | None]) -> dict[str, float]:
+    return {stage: round(value, 6) for stage, value in spent.items() if value is not None}
 
 
 def ledger_path(name: str) -> str:
@@ -306,8 +315,12 @@ def _parse(name: str, raw: bytes | None, n_shards: int) -> list[dict[str, Any]] 
         said = json.loads(raw or b"")
         piece = {"data": name, "start": 0, "stop": int(said["bytes"]), "sha256": bytes.fromhex(said["sha256"])}
         common = piece | {"object": name, "round": int(said["round"]), "pinned": False}
+        common |= {"at": said.get("at"), "commit_s": said.get("commit_s")}
         return [
-            {key: unit[key] for key in _SAID} | {"shard": schema.shard_of(unit["recording_id"], n_shards)} | common
+            {key: unit[key] for key in _SAID}
+            | {key: unit.get(key) for key in _SHOWN}
+            | {"shard": schema.shard_of(unit["recording_id"], n_shards)}
+            | common
             for unit in said["units"]
         ]
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.manifest import public_uri
-from pipeline.types import Failure, Recording, Segment, Skip, Transcript, UnitResult, Word, seconds
+from pipeline.types import Failure, Recording, Segment, Skip, Spent, Transcript, UnitResult, Word, seconds
 
 Row = dict[str, Any]
 
@@ -87,6 +87,7 @@ _FAILURE = pa.struct(
         _need("attempts", pa.int32()),
     ]
 )
+_SPENT = pa.struct([pa.field(name, pa.float64()) for name in ("source_s", "decode_s", "vad_s", "engine_s")])
 
 UNITS = pa.schema(
     [
@@ -109,6 +110,7 @@ UNITS = pa.schema(
         _need("flags", _TEXTS),
         pa.field("failure", _FAILURE),
         _need("attempts", pa.int32()),
+        pa.field("spent", _SPENT),  # differs from run to run: in no public table
     ]
 )
 # A committed data object: which file of the public tables a row will end in is known when it is written.
@@ -191,18 +193,19 @@ def unit_row(result: UnitResult) -> Row:
 
 def unit_from_row(row: Mapping[str, Any]) -> UnitResult:
     """The `UnitResult` that `unit_row` made `row` of (columns that it did not make are ignored)."""
-    failure = row["failure"]
+    failure, spent = row["failure"], row.get("spent")
     return UnitResult(
         recording=Recording(**row["recording"]),
         segments=tuple(_segment(segment) for segment in row["segments"]),
         skipped=tuple(Skip(**skip) for skip in row["skipped"]),
         flags=tuple(row["flags"]),
         failure=None if failure is None else Failure(**failure),
+        spent=None if spent is None else Spent(**spent),
         **{name: row[name] for name in _PLAIN},
     )
 
 
-_NESTED = {"recording", "segments", "skipped", "flags", "failure"}
+_NESTED = {"recording", "segments", "skipped", "flags", "failure", "spent"}
 _PLAIN = [field.name for field in dataclasses.fields(UnitResult) if field.name not in _NESTED]
 
 

@@ -33,6 +33,7 @@ from tenacity.wait import wait_exponential, wait_random
 
 from pipeline.errors import AudioError, ForbiddenError, NotFoundError, SourceError, SourceTimeoutError
 from pipeline.manifest import filesystem, http_status, public_uri, source_error
+from pipeline.stopwatch import spending
 
 FIRST = 1 << 20  # bytes of the first range: all of a small file
 RANGE = 4 << 20  # bytes of a later one
@@ -73,6 +74,7 @@ class Source:
     def attempts(self) -> int:
         return self._tries.most
 
+    @spending("source")
     def read_at(self, offset: int, size: int) -> bytes:
         """`size` bytes from `offset` on; fewer at the end."""
         try:

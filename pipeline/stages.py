@@ -42,8 +42,9 @@ from pipeline.errors import (
 from pipeline.manifest import store_of
 from pipeline.schema import UNITS, to_table, unit_row
 from pipeline.stitch import failed_unit
+from pipeline.stopwatch import clocked
 from pipeline.todo import Source, from_json, to_json
-from pipeline.types import SAMPLE_RATE, DecodeOptions, Failure, Recording, Unit, UnitResult
+from pipeline.types import SAMPLE_RATE, DecodeOptions, Failure, Recording, Spent, Unit, UnitResult
 from pipeline.units import read_units
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ UNIT_ROW = pa.schema(
         ("flags", pa.list_(pa.string())),
         ("attempts", pa.int32()),
         ("failure", pa.string()),  # JSON of every field of `Failure`
+        ("spent", pa.string()),  # JSON of every field of `Spent`
     ]
 )
 
@@ -83,8 +85,9 @@ def decode(
         block = _Block(census, items[0].recording.id, is_final) if census is not None else None
         for item in items:
             units = _still_to_do(_read(item.recording, config, faults), item.done, item.gap_start)
-            for unit in units if block is None else block.watched(item.recording, units):
-                yield pa.Table.from_pylist([unit_to_row(unit)], schema=UNIT_ROW)
+            watched = units if block is None else block.watched(item.recording, units)
+            for unit, spent in clocked(watched):
+                yield pa.Table.from_pylist([unit_to_row(dataclasses.replace(unit, spent=spent))], schema=UNIT_ROW)
         if block is not None:
             block.close()
 
@@ -218,11 +221,14 @@ class EngineStage:
         if verdict == Verdict.FAIL:
             error = WorkerCrashError(f"the engine's process died with this Unit alone in it, {ALONE} times")
             return failed_unit(unit, failure_of(error, "engine", attempts=ALONE + 1))
-        try:
-            async with self._door.opened(_n_windows(unit, self._options)):
-                return await engine.submit(unit, self._options)
-        except (EngineError, ConfigError) as error:  # the latter: what a manifest line asks of this model
-            return failed_unit(unit, failure_of(error, "engine"))
+        async with self._door.opened(_n_windows(unit, self._options)):
+            began = time.monotonic()
+            try:
+                result = await engine.submit(unit, self._options)
+            except (EngineError, ConfigError) as error:  # the latter: what a manifest line asks of this model
+                result = failed_unit(unit, failure_of(error, "engine"))
+            spent = dataclasses.replace(unit.spent or Spent(), engine_s=time.monotonic() - began)
+            return dataclasses.replace(result, spent=spent)
 
 
 class Door:
@@ -305,6 +311,7 @@ def unit_to_row(item: Unit | UnitResult) -> dict[str, Any]:
         "is_last": item.is_last,
         "flags": list(item.flags),
         "attempts": item.attempts,
+        "spent": json.dumps(dataclasses.asdict(item.spent)) if item.spent else None,
     }
     if isinstance(item, UnitResult):
         return row | {"failure": json.dumps(dataclasses.asdict(item.failure)) if item.failure else None}
@@ -320,6 +327,7 @@ def unit_from_row(row: Mapping[str, Any]) -> Unit | UnitResult:
         "is_last": row["is_last"],
         "flags": tuple(row["flags"]),
         "attempts": row["attempts"],
+        "spent": Spent(**json.loads(row["spent"])) if row["spent"] else None,
     }
     if row["pcm"] is None:
         # A failed recording's row has no samples, wherever in it decoding ended.

@@ -78,6 +78,16 @@ class Skip:
         return self.stop - self.start
 
 
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """Seconds of wall clock that one Unit took, by stage; None: not measured. To be shown, never to decide by."""
+
+    source_s: float | None = None  # waiting for the store
+    decode_s: float | None = None  # from bytes to samples
+    vad_s: float | None = None
+    engine_s: float | None = None  # from being handed in to its result, beside all others in the batch
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Unit:
     """Consecutive audio of one recording, cut in silence: the row that travels through Ray and is committed."""
@@ -91,6 +101,7 @@ class Unit:
     language_pcm: Pcm | None = None  # the recording's first speech, if it lies in an earlier Unit; else None
     flags: tuple[str, ...] = ()
     attempts: int = 1  # how often its source was asked, or its decoder was started, until the audio was there
+    spent: Spent | None = None
 
     @property
     def n_samples(self) -> int:
@@ -179,6 +190,7 @@ class UnitResult:
     flags: tuple[str, ...] = ()
     failure: Failure | None = None
     attempts: int = 1  # its Unit's; a failure counts its own
+    spent: Spent | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.silero import fresh_state, probabilities
+from pipeline.stopwatch import spending
 from pipeline.types import VAD_FRAME, Pcm
 
 Frames = NDArray[np.uint8]  # [n_frames] speech probability x 255
@@ -66,6 +67,7 @@ class SileroVad:
         self._context = np.zeros(CONTEXT, np.int16)
         self._state = fresh_state()
 
+    @spending("vad")
     def push(self, pcm: Pcm) -> Frames:
         self._waiting.append(pcm)
         self._n_waiting += len(pcm)
@@ -77,6 +79,7 @@ class SileroVad:
         self._waiting, self._n_waiting = [audio[n_ready:].copy()], len(audio) - n_ready
         return np.concatenate([self._detect(audio[i : i + _BLOCK]) for i in range(0, n_ready, _BLOCK)])
 
+    @spending("vad")
     def finish(self) -> Frames:
         if not self._n_waiting:
             return np.zeros(0, np.uint8)

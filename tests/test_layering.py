@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Bottom to top. A module may import from its own layer and from those above it in this list.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("pipeline.types", "pipeline.errors", "pipeline.config", "pipeline.signals", "pipeline.machine"),
+    ("pipeline.types", "pipeline.errors", "pipeline.config", "pipeline.signals", "pipeline.machine",
+     "pipeline.stopwatch"),
     ("pipeline.demo",),
     (
         "pipeline.manifest", "pipeline.audio", "pipeline.decoder",

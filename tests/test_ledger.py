@@ -7,6 +7,7 @@ import json
 import os
 import random
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from pipeline.ledger import SNAPSHOTS, Ledger, ledger_path
 from pipeline.output import CONFIG, INPUTS, LEDGER, newest_inputs, read_input_ids, read_output, write_inputs
 from pipeline.pieces import DATA, data_path
 from pipeline.store import Store
-from pipeline.types import Recording, UnitResult
+from pipeline.types import Recording, Spent, UnitResult
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -374,3 +375,28 @@ def test_a_ledger_object_says_what_is_in_the_data_object(local: Store) -> None:
     ]
     assert local.sizes(LEDGER).keys() == {"n1.json"}
     assert OPEN["n_shards"] == 3
+
+
+# ---- what is only to be shown
+
+
+def test_an_entry_says_when_it_was_committed_and_what_it_took(local: Store) -> None:
+    before = time.time()
+    spent = Spent(source_s=0.5, decode_s=1.25, vad_s=0.25, engine_s=4.0)
+    put(local, ok("a", spent=spent), unreadable("b"))
+    well, bad = read_ledger(local).winners.to_pylist()
+    assert before - 1 <= well["at"] == bad["at"] <= time.time() + 1
+    assert [well[name] for name in ("source_s", "decode_s", "vad_s", "engine_s")] == [0.5, 1.25, 0.25, 4.0]
+    assert well["commit_s"] > 0
+    assert (well["stage"], well["attempts"]) == (None, None)
+    assert (bad["stage"], bad["attempts"], bad["engine_s"]) == ("decode", 2, None)
+
+
+def test_an_entry_of_before_it_was_recorded_counts_as_before(local: Store) -> None:
+    put(local, ok("a"), name="x")
+    said = json.loads(local.get(ledger_path("x")) or b"")
+    del said["at"], said["commit_s"]
+    local.put(ledger_path("x"), json.dumps(said).encode())
+    (row,) = read_ledger(local).winners.to_pylist()
+    assert row["ok"]
+    assert (row["at"], row["commit_s"]) == (None, None)

@@ -20,14 +20,15 @@ from pipeline.errors import StoreError
 from pipeline.stages import UNIT_ROW, Door, EngineStage, decode, fail_before_commit, rows_of, unit_from_row, unit_to_row
 from pipeline.store import Store
 from pipeline.todo import Item, Todo
-from pipeline.types import Failure, Recording, Unit, UnitResult
+from pipeline.types import Failure, Recording, Spent, Unit, UnitResult
 
 RECORDING = Recording(id="a", uri="a.wav", reference="hello", metadata='{"k": [1]}')
 
 
 def same(one: Unit | UnitResult, other: Unit | UnitResult) -> bool:
-    """Equal in every field; arrays in type and content."""
-    pairs = ((getattr(one, f.name), getattr(other, f.name)) for f in dataclasses.fields(one))
+    """Equal in every field but what they took; arrays in type and content."""
+    names = [f.name for f in dataclasses.fields(one) if f.name != "spent"]
+    pairs = ((getattr(one, name), getattr(other, name)) for name in names)
     return type(one) is type(other) and all(
         np.array_equal(a, b) and a.dtype == b.dtype if isinstance(a, np.ndarray) else a == b for a, b in pairs
     )
@@ -49,6 +50,23 @@ def test_a_row_gives_back_what_it_was_made_of(item: Unit | UnitResult) -> None:
     table = pa.Table.from_pylist([unit_to_row(item)], schema=UNIT_ROW)
     (row,) = rows_of(table)
     assert same(unit_from_row(row), item)
+
+
+def test_what_a_unit_took_goes_with_it(tmp_path: Path, config: Config, recording: Recording) -> None:
+    """Through both stages; a result is the same whatever it took."""
+    with Todo.of([Item(recording)]).put(Store.at(str(tmp_path / "out")), tasks=1) as blocks:
+        (task,) = blocks.tables()
+        table = next(decode(task, blocks.source, config))
+    stage = EngineStage(config, engine_config(config))
+    row = asyncio.run(stage(table)).to_pylist()[0]
+    spent = row["spent"]
+    assert spent.keys() == {"source_s", "decode_s", "vad_s", "engine_s"}
+    assert all(seconds >= 0 for seconds in spent.values())
+    assert spent["source_s"] > 0
+    assert spent["decode_s"] > 0
+    result = schema.unit_from_row(row)
+    assert result.spent == Spent(**spent)
+    assert result == dataclasses.replace(result, spent=None)
 
 
 def test_samples_are_views_also_in_a_slice_of_chunks() -> None:
