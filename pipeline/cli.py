@@ -156,15 +156,24 @@ def finalize(output: OutputArgument, as_json: Json = False, verbose: Verbose = F
 
 
 @app.command("report")
-def report_command(output: OutputArgument, as_json: Json = False, verbose: Verbose = False) -> None:
-    """Show how far a run is, from its ledger, and what its tables hold."""
-    from pipeline import report
+def report_command(
+    output: OutputArgument,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write one page with charts, too.")] = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show how far a run is and what came of it, also while it goes on."""
+    from pipeline import report, report_page
+    from pipeline.figures import figures
 
     _set_up_logging(verbose)
     console = _console(as_json)
-    overview = report.overview(_open(output))
-    report.show_overview(overview, console)
-    _finish(EXIT_OK, as_json, overview.to_json())
+    found = figures(_open(output))
+    report.show_figures(found, console)
+    if html is not None:
+        _write(html, report_page.page(found))
+        console.print(f"page: {html}", markup=False, highlight=False)
+    _finish(EXIT_OK, as_json, found.to_json())
 
 
 @app.command()
@@ -242,6 +251,13 @@ def _open(output: str) -> Any:
     from pipeline.output import read_output
 
     return read_output(output)
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        file.write_text(text, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise UsageError(f"{file}: {error.strerror or error}") from None
 
 
 def _show_end(summary: Summary, output: str, console: Console) -> None:

@@ -167,10 +167,9 @@ def build_shard(build: Build, shard: int) -> Files:
     units = read_snapshot(build.store, build.snapshot, shard)
     paths = build.paths(shard)
     parts = {table: _Part(SCHEMAS[table]) for table in paths}
-    for portion in pieces.portions(units):
-        for transcript in _transcripts(pieces.read_rows(build.store, portion)):
-            for table, part in parts.items():
-                part.add(_rows(table, transcript, build))
+    for transcript in transcripts(build.store, units):
+        for table, part in parts.items():
+            part.add(_rows(table, transcript, build))
     files = {}
     for table, path in paths.items():
         raw = parts[table].close()
@@ -216,6 +215,12 @@ def _rows(table: str, transcript: Transcript, build: Build) -> Iterable[schema.R
         transcript, model=run.model, model_revision=run.model_revision, options_fingerprint=run.fingerprint
     )
     return [row]
+
+
+def transcripts(store: Store, units: pa.Table) -> Iterator[Transcript]:
+    """The recordings that these entries of published Units are, in their order; a portion's rows are held at once."""
+    for portion in pieces.portions(units):
+        yield from _transcripts(pieces.read_rows(store, portion))
 
 
 def _transcripts(rows: pa.Table) -> Iterator[Transcript]:

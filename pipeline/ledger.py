@@ -187,12 +187,12 @@ class Ledger:
         counted = groups.counted()
         samples = np.where(counted, to_numpy(self.winners["n_samples"]), 0)
         failed = groups.any(counted & ~to_numpy(self.winners["ok"]))
-        status = np.where(groups.complete, np.where(failed, "failed", "ok"), "partial")
+        status = np.where(groups.complete, np.where(failed, 1, 0), 2)
         first = self.winners.take(pa.array(groups.starts))
         columns = {
             "recording_id": first["recording_id"],
             "shard": first["shard"],
-            "status": pa.array(status.tolist(), pa.string()),
+            "status": pa.array(["ok", "failed", "partial"]).take(pa.array(status)),
             "n_units": pa.array(groups.sum(counted.astype(np.int64)), pa.int32()),
             "n_samples": pa.array(groups.sum(samples), pa.int64()),
             "size": first["size"],

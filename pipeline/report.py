@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -23,11 +23,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from pipeline import report_page
 from pipeline.config import Config
 from pipeline.errors import EXIT_FAILED, EXIT_OK, MurmurError
-from pipeline.finalize import Success, read_success
+from pipeline.figures import STAGES, Figures
+from pipeline.finalize import Success
 from pipeline.ledger import Ledger
-from pipeline.output import Output, read_input_ids
+from pipeline.logs import one_line
+from pipeline.output import Output
 from pipeline.scoring import Score, word_score
 from pipeline.types import seconds
 
@@ -130,7 +133,7 @@ def show_recordings(output: Output, console: Console, limit: int = 50) -> None:
         column.overflow = "ellipsis"
     for row in rows[:limit]:
         table.add_row(
-            Text(row["recording_id"]),
+            Text(one_line(row["recording_id"])),
             row["language"] or "-",
             f"{row['duration_s']:.1f}",
             Text(row["text"] or "(no speech)" if row["status"] == "ok" else row["text"]),
@@ -171,7 +174,7 @@ def show_failures(output: Output, console: Console, limit: int = 20) -> None:
     rows = _failed(output)
     for row in rows[:limit]:
         line = f"{row['recording_id']}: {row['error_kind']}: {row['error_message']}"
-        console.print(line, style="red", markup=False, highlight=False)
+        console.print(one_line(line), style="red", markup=False, highlight=False)
     if len(rows) > limit:
         console.print(f"... and {len(rows) - limit} more: see `error_message` in {output.store}/recordings")
 
@@ -185,57 +188,59 @@ def _failed(output: Output) -> list[dict[str, Any]]:
 # ---- a look at an output, also while a run goes on
 
 
-@dataclass(frozen=True, slots=True)
-class Overview:
-    """What the ledger says is committed, and whether the tables say so too."""
-
-    model: str
-    inputs: int  # of the newest list; `begun` and the rest may hold more
-    ok: int
-    failed: int
-    partial: int  # begun, not all Units committed
-    audio_s: float
-    failures: dict[str, int]  # Units by kind of error
-    tables: str  # "complete", "behind" or "none"
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def overview(output: Output) -> Overview:
-    ledger = Ledger.read(output.store, output.run.n_shards)
-    rows = ledger.recordings()
-    statuses = {pair["values"]: pair["counts"] for pair in rows["status"].value_counts().to_pylist()}
-    failed = ledger.winners.filter(pc.invert(ledger.winners["ok"]))
-    kinds = sorted(failed["kind"].value_counts().to_pylist(), key=lambda pair: -pair["counts"])
-    return Overview(
-        model=output.run.model,
-        inputs=sum(len(ids) for ids in read_input_ids(output.store)),
-        ok=statuses.get("ok", 0),
-        failed=statuses.get("failed", 0),
-        partial=statuses.get("partial", 0),
-        audio_s=seconds(pc.sum(rows["n_samples"]).as_py() or 0),
-        failures={pair["values"]: pair["counts"] for pair in kinds},
-        tables=_tables(read_success(output.store), statuses),
+def show_figures(found: Figures, console: Console) -> None:
+    """What `murmur report` says at a terminal; the page says more."""
+    counts = found.counts
+    console.print(
+        f"{counts['inputs']} recordings listed: {counts['ok']} ok, {counts['failed']} failed,"
+        f" {counts['partial']} begun, {counts['waiting']} waiting"
     )
-
-
-def _tables(success: Success | None, statuses: Mapping[str, int]) -> str:
-    if success is None:
-        return "none"
-    counts = success.counts
-    published = counts["ok"] + counts["failed"] + counts["skipped"] + counts["unlisted"]
-    is_level = published == statuses.get("ok", 0) + statuses.get("failed", 0)
-    return "complete" if success.complete and is_level else "behind"
-
-
-def show_overview(found: Overview, console: Console) -> None:
-    console.print(f"{found.inputs} recordings listed: {found.ok} ok, {found.failed} failed, {found.partial} begun")
-    console.print(f"{hours(found.audio_s)} of audio, model {found.model}")
-    for kind, count in found.failures.items():
-        console.print(f"  {count} Units failed: {kind}", style="red")
+    console.print(
+        f"{hours(found.audio['committed_s'] or 0.0)} of audio committed, model {found.model}", highlight=False
+    )
+    if counts["ok"] + counts["failed"]:
+        console.print(report_page.coverage_line(found))
+        console.print(report_page.fallback_line(found))
+    for table in _figure_tables(found):
+        if table.row_count:
+            console.print()
+            console.print(table)
+    for row in found.failures:
+        for one in row["examples"]:
+            line = f"  {one['recording_id']}: {row['kind']}: {one['error_message']}"
+            console.print(Text(one_line(line)), style="red", highlight=False)
     hint = "" if found.tables == "complete" else "; `murmur finalize` brings them up to date"
     console.print(f"tables: {found.tables}{hint}")
+
+
+def _figure_tables(found: Figures) -> Iterator[Table]:
+    total = sum(found.stages.values()) or 1.0
+    stages = ((STAGES[name], f"{s:.1f} s", f"{100 * s / total:.0f} %") for name, s in found.stages.items() if s)
+    yield _figure_table("time by stage, of all workers", "", "", rows=stages)
+    languages = (
+        (row["language"], str(row["recordings"]), hours(row["audio_s"]), report_page.probability(row["probability"]))
+        for row in found.languages
+    )
+    yield _figure_table("language", "recordings", "audio", "probability", rows=languages)
+    flags = ((row["flag"], str(row["recordings"]), str(row["segments"])) for row in found.flags)
+    yield _figure_table("flag", "recordings", "segments", rows=flags)
+    uncovered = (
+        (row["recording_id"], hours(row["uncovered_speech_s"]), hours(row["speech_s"])) for row in found.coverage[:5]
+    )
+    yield _figure_table("most speech without text", "without", "of", rows=uncovered)
+    slowest = ((row["recording_id"], hours(row["audio_s"]), f"{row['total_s']:.1f} s") for row in found.slowest[:5])
+    yield _figure_table("slowest", "audio", "took", rows=slowest)
+    failures = ((row["kind"], row["stage"], str(row["recordings"])) for row in found.failures)
+    yield _figure_table("failed", "stage", "recordings", rows=failures)
+
+
+def _figure_table(*heads: str, rows: Iterable[Sequence[str]]) -> Table:
+    table = Table(*heads, box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, *values in rows:
+        table.add_row(Text(one_line(name)), *map(Text, values))
+    return table
 
 
 # ---- word error rates

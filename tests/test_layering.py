@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Bottom to top. A module may import from its own layer and from those above it in this list.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("pipeline.types", "pipeline.errors", "pipeline.config", "pipeline.signals", "pipeline.machine",
-     "pipeline.stopwatch"),
+     "pipeline.stopwatch", "pipeline.logs"),
     ("pipeline.demo",),
     (
         "pipeline.manifest", "pipeline.audio", "pipeline.decoder",
@@ -22,9 +22,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "pipeline.stitch", "pipeline.formats", "pipeline.scoring", "pipeline.schema", "pipeline.store",
         "pipeline.pools", "pipeline.census", "pipeline.todo", "pipeline.output",
         "pipeline.ledger", "pipeline.lease", "pipeline.silero", "pipeline.entries", "pipeline.pieces", "pipeline.void",
+        "pipeline.journal",
     ),
     ("pipeline.engine",),
-    ("pipeline.transcribe", "pipeline.sink", "pipeline.finalize", "pipeline.report"),
+    ("pipeline.transcribe", "pipeline.sink", "pipeline.finalize", "pipeline.figures", "pipeline.charts",
+     "pipeline.report_page", "pipeline.report"),
     ("pipeline.stages",),
     ("pipeline.job", "pipeline.submit", "pipeline.bench"),
     ("pipeline.cli",),

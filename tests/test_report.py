@@ -13,6 +13,7 @@ from rich.console import Console
 from pipeline import report
 from pipeline.config import load_config
 from pipeline.errors import MurmurError
+from pipeline.figures import figures
 from pipeline.finalize import finalize
 from pipeline.output import Output, write_inputs
 from pipeline.report import Standing, Step
@@ -66,19 +67,31 @@ def test_progress_of_a_retry_waits_for_each_unit_that_failed(output: Output) -> 
     assert standing.look() == Step(2, 1, 30.0)
 
 
-def test_an_overview_before_in_and_after_a_run(output: Output) -> None:
+def test_a_look_before_in_and_after_a_run(output: Output) -> None:
+    def shown() -> str:
+        return said(lambda console: report.show_figures(figures(output), console))
+
     write_inputs(output.store, [Recording(id=name, uri=name) for name in ("a", "b", "c")])
-    assert report.overview(output).tables == "none"
+    assert "3 recordings listed: 0 ok, 0 failed, 0 begun, 3 waiting" in shown()
+    assert "tables: none; `murmur finalize` brings them up to date" in shown()
     put(output.store, ok("a"), failed("b", kind="non_finite"), ok("c", 0, last=False))
     finalize(output, use_ray=False)
-    found = report.overview(output)
-    assert (found.inputs, found.ok, found.failed, found.partial, found.audio_s) == (3, 1, 1, 1, 30.0)
-    assert (found.failures, found.tables) == ({"non_finite": 1}, "behind")
+    assert "3 recordings listed: 1 ok, 1 failed, 1 begun, 0 waiting" in shown()
+    assert "30.0 s of audio committed" in shown()
+    assert "b: non_finite: non_finite said no" in shown()
+    assert "tables: behind" in shown()
     put(output.store, ok("c", 1))
-    assert report.overview(output).tables == "behind"
     finalize(output, use_ray=False)
-    assert report.overview(output).tables == "complete"
-    assert "1 Units failed: non_finite" in said(lambda console: report.show_overview(found, console))
+    assert shown().splitlines()[-1] == "tables: complete"
+
+
+def test_an_id_cannot_move_the_cursor_or_begin_a_line(output: Output) -> None:
+    put(output.store, unreadable("one\nFATAL two\x1b[2J"))
+    finalize(output, use_ray=False)
+    for show in (report.show_failures, report.show_recordings):
+        shown = said(lambda console, show=show: show(output, console))  # type: ignore[misc]
+        assert r"one\nFATAL two\x1b[2J" in shown
+    assert r"one\nFATAL two\x1b[2J" in said(lambda console: report.show_figures(figures(output), console))
 
 
 def spoken(name: str, text: str, reference: str | None, language: str = "en") -> dict[str, object]:
