@@ -80,10 +80,10 @@ def _label(text: str, x: float, y: float, anchor: str) -> str:
 
 
 def _nice_ceiling(values: Sequence[float]) -> float:
-    """The next 4, 8, 12 or 20 times a power of ten, so that each tick is a number one can read; ticks of counts are
+    """The next 4, 6, 8, 12, 16 or 20 times a power of ten: each tick is a number one can read; those of counts are
     whole."""
     most, least = max(values, default=0.0), 4.0 if all(float(value).is_integer() for value in values) else 0.0
     if not most > 0:
         return 4.0
     power = 10.0 ** (math.floor(math.log10(most)) - 1)
-    return max(least, next(step * power for step in (12, 20, 40, 80, 120) if step * power >= most * (1 - 1e-9)))
+    return max(least, next(step * power for step in (12, 16, 20, 40, 60, 80, 120) if step * power >= most * (1 - 1e-9)))
