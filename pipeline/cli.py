@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from pipeline import logs
 from pipeline.config import Config, load_config
 from pipeline.errors import EXIT_FAILED, EXIT_OK, MurmurError, UsageError, redact
 from pipeline.signals import Stopped, stop_on_signals
@@ -75,9 +75,9 @@ def demo(
     from pipeline import report
     from pipeline.demo import clips_path
 
-    _set_up_logging(verbose)
     console = _console(as_json)
     config = load_config(overrides={"model": "demo"}, sets=sets or ())
+    logs.set_up(config.log_format, verbose=verbose)
     manifest = clips_path() / "manifest.jsonl"
     console.print(
         f"Transcribing the clips in {manifest.parent} with the bundled demo model (a small synthetic vocabulary in "
@@ -87,7 +87,7 @@ def demo(
     result = _open(output)
     report.show_recordings(result, console)
     report.show_failures(result, console)
-    report.show_summary(summary, console)
+    report.show_summary(summary, result, console)
     console.print(f"The tables are Parquet files in {result.store}/segments, words and recordings.", highlight=False)
     console.print("Next, your own audio: murmur transcribe FOLDER --output out --model openai/whisper-base")
     as_expected = report.failed_ids(result) == _expected_failures(manifest) and not summary.counts["missing"]
@@ -107,8 +107,8 @@ def transcribe(
     verbose: Verbose = False,
 ) -> None:
     """Transcribe audio: with --output on Ray into tables (the same command again goes on), else here, as text."""
-    _set_up_logging(verbose)
     config = load_config(config_file, {"model": model}, sets or ())
+    logs.set_up(config.log_format, verbose=verbose)
     if output is None:
         if dry_run:
             raise UsageError("--dry-run needs --output: without it there is no run to look ahead to")
@@ -133,9 +133,9 @@ def retry(
     verbose: Verbose = False,
 ) -> None:
     """Do again what failed, and only that."""
-    _set_up_logging(verbose)
     console = _console(as_json)
     config = load_config(sets=sets or (), base=_open(output).run.settings)
+    logs.set_up(config.log_format, verbose=verbose)
     summary = _run(inputs or [], output, config, console, retry=True)
     _show_end(summary, output, console)
     _finish(summary.exit_code, as_json, summary.to_json())
@@ -147,7 +147,7 @@ def finalize(output: OutputArgument, as_json: Json = False, verbose: Verbose = F
     from pipeline import report
     from pipeline.job import finalize_output
 
-    _set_up_logging(verbose)
+    logs.set_up(verbose=verbose)
     console = _console(as_json)
     success = finalize_output(output, load_config(base=_open(output).run.settings))
     console.print(report.counted(success.counts))
@@ -166,7 +166,7 @@ def report_command(
     from pipeline import report, report_page
     from pipeline.figures import figures
 
-    _set_up_logging(verbose)
+    logs.set_up(verbose=verbose)
     console = _console(as_json)
     found = figures(_open(output))
     report.show_figures(found, console)
@@ -181,7 +181,7 @@ def evaluate(output: OutputArgument, as_json: Json = False, verbose: Verbose = F
     """Word error rates against the references that came with the manifest."""
     from pipeline import report
 
-    _set_up_logging(verbose)
+    logs.set_up(verbose=verbose)
     console = _console(as_json)
     found = report.evaluate(_open(output))
     report.show_evaluation(found, console)
@@ -214,7 +214,7 @@ def bench_engine(
     from pipeline.bench.engine import bench_engine as measure
     from pipeline.bench.table import show_engine
 
-    _set_up_logging(verbose)
+    logs.set_up(verbose=verbose)
     console = _console(as_json)
     lists = {"contestants": contestants, "dtypes": dtype, "parts": parts}
     given: dict[str, Any] = {name: tuple(text.split(",")) for name, text in lists.items() if text is not None}
@@ -263,10 +263,12 @@ def _write(file: Path, text: str) -> None:
 def _show_end(summary: Summary, output: str, console: Console) -> None:
     from pipeline import report
 
-    report.show_summary(summary, console)
+    result = _open(output)
+    report.show_summary(summary, result, console)
     if summary.counts["failed"]:
-        report.show_failures(_open(output), console)
+        report.show_failures(result, console)
         console.print(f"Try them again with: murmur retry {output}", markup=False, highlight=False)
+    console.print(f"Look closer with: murmur report {output} --html report.html", markup=False, highlight=False)
 
 
 def _show_estimate(inputs: Sequence[str], output: str, config: Config, console: Console) -> Mapping[str, Any]:
@@ -335,11 +337,6 @@ def _console(as_json: bool) -> Console:
     from rich.console import Console
 
     return Console(stderr=as_json, soft_wrap=not sys.stdout.isatty())
-
-
-def _set_up_logging(verbose: bool) -> None:
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr, level=logging.WARNING)
-    logging.getLogger("pipeline").setLevel(logging.DEBUG if verbose else logging.INFO)
 
 
 def _say(line: str) -> None:

@@ -121,6 +121,7 @@ class Config(_Frozen):
     vad: Literal["silero", "none"] = "silero"
     channels: Literal["mix", "split"] = "mix"
 
+    log_format: Literal["text", "json"] = Field("text", description="of log lines: for a person or for a program")
     max_failed_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
     max_audio_s: Annotated[int, Field(ge=1)] = 172_800
     decode_timeout_s: Annotated[int, Field(ge=1)] | None = Field(
@@ -185,7 +186,8 @@ class Config(_Frozen):
 
 # What a result depends on. `dtype` and `model` are fingerprinted as resolved, by the caller.
 _NOT_IN_FINGERPRINT = frozenset(
-    "device engine lanes max_failed_fraction decode_timeout_s decode_memory_mb engine_timeout_s ray pool".split()
+    "device engine lanes log_format max_failed_fraction decode_timeout_s decode_memory_mb engine_timeout_s ray"
+    " pool".split()
 )
 
 # A model may bring its own defaults; the user's settings win.

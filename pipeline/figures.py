@@ -132,6 +132,26 @@ def figures(output: Output) -> Figures:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class End:
+    """What the table of recordings says of a run that has ended."""
+
+    audio: dict[str, float | None]  # as in `Figures`
+    unaccounted: int
+    failures: Counter[str]  # recordings, by kind
+
+
+END_COLUMNS = ["error_kind", "duration_s", "decoded_s", "skipped_s", "speech_s", "uncovered_speech_s"]
+
+
+def end_of(recordings: pa.Table) -> End:
+    """Sums over the `END_COLUMNS` of all recordings."""
+    totals = _Totals()
+    totals.add_audio(recordings)
+    kinds = pc.drop_null(recordings["error_kind"]).value_counts().to_pylist()
+    return End(totals.audio, totals.unaccounted, Counter({pair["values"]: pair["counts"] for pair in kinds}))
+
+
 def tables_state(success: Success | None, begun: pa.Table) -> str:
     """Whether the tables say what the ledger does: complete, behind, or none."""
     if success is None:
@@ -272,7 +292,7 @@ class _Totals:
 
     def add(self, recordings: pa.Table, segments: pa.Table) -> None:
         if len(recordings):
-            self._add_audio(recordings)
+            self.add_audio(recordings)
             self._add_languages(recordings)
             self._add_failures(recordings)
             self._add_flags(recordings, "recordings")
@@ -313,7 +333,7 @@ class _Totals:
         ]
         return sorted(rows, key=lambda row: (-row["recordings"], -row["segments"], row["flag"]))
 
-    def _add_audio(self, rows: pa.Table) -> None:
+    def add_audio(self, rows: pa.Table) -> None:
         for name, before in self.audio.items():
             total = pc.sum(rows[name]).as_py()
             self.audio[name] = before if total is None else (before or 0.0) + total

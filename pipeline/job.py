@@ -36,13 +36,15 @@ from pipeline.engine.fake import Faults
 from pipeline.engine.tokens import Tokenizer, check_options
 from pipeline.errors import ConfigError, MurmurError, OutputError, StoreError
 from pipeline.finalize import Success, finalize
+from pipeline.journal import Journal
 from pipeline.lease import Lease
 from pipeline.ledger import Ledger
 from pipeline.machine import has_bfloat16
 from pipeline.manifest import filesystem, read_inputs, source_error
 from pipeline.output import Output, open_output, read_output, refuse_mismatch, write_inputs
 from pipeline.pools import Node, Pools, size_pools
-from pipeline.report import Standing, Summary, Work, exit_code, number_of, progress
+from pipeline.progress import Standing, progress
+from pipeline.report import Summary, Work, exit_code, number_of
 
 log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -62,31 +64,43 @@ def run(
     `retry` redoes the failed Units instead, of `inputs` or (without any) of all failed recordings. Raises the
     `MurmurError` that ends the run; a recording's own failure is a row, and counts in `exit_code`.
     """
-    console = console or Console(stderr=True)
+    console, began = console or Console(stderr=True), time.monotonic()
     with Cluster(config.ray) as cluster:
         listed = todo.Listing(read_inputs(inputs) if inputs or not retry else ())
         output = begin(output_uri, config, len(listed), cluster)
-        with Lease.acquire(output.store) as lease:
+        command = "retry" if retry else "transcribe"
+        with Lease.acquire(output.store) as lease, Journal(output.store, command=command) as journal:
             ledger = Ledger.read(output.store, output.run.n_shards)
             if not retry:
                 write_inputs(output.store, listed.recordings())
             left = todo.failed(listed if inputs else None, ledger) if retry else todo.missing(listed, ledger)
             round = ledger.next_round() if retry else ledger.round
+            journal.note(inputs=len(listed), to_do=len(left))
             work = transcribe(left, round, output, config, cluster, console) if len(left) else None
+            done = time.monotonic()
             success = finalize(output, use_ray=cluster.is_connected and output.run.n_shards > 1, lease=lease)
-    return Summary.of(success, work, exit_code(success.counts, config))
+            clock = {
+                "start_s": done - began - (work.wall_s if work else 0.0),
+                "finalize_s": time.monotonic() - done,
+            }
+            journal.note(**clock, **(work.to_json() if work else {}))
+    return Summary.of(success, work, exit_code(success.counts, config), **clock)
 
 
 def transcribe(left: todo.Todo, round: int, output: Output, config: Config, cluster: Cluster, console: Console) -> Work:
     """Run what is `left` through the dataflow, showing how far it is."""
+    from pipeline.stages import count_ended, count_retries
+
     pools = size_pools(cluster.nodes(), config)
     console.print(f"{number_of(len(left))} to do: {pools.describe()}, in {output.run.keys['dtype']}")
     standing = Standing(output, len(left), round)
     began = time.monotonic()
-    with progress(standing, console), plain_errors(), counting_processes() as census:
+    showing = progress(standing, console, to_do_s=left.estimate.audio_s, tell=count_ended)
+    with showing, plain_errors(), counting_processes() as census:
         for one in passes(left, round, output, pools, census):
             if one.why:
                 console.print(f"{number_of(len(one.left))} {one.why}")
+                count_retries(len(one.left), "engine" if one.alone else "decode")
             run_pass(one, output, config, census)
     wall_s = time.monotonic() - began
     return Work(recordings=len(left), audio_s=standing.look().audio_s, wall_s=wall_s, pools=pools.describe())
@@ -159,7 +173,7 @@ def dataflow(blocks: todo.Blocks, one: Pass, output: Output, config: Config, cen
     from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 
     from pipeline.sink import LedgerSink
-    from pipeline.stages import EngineStage, decode, fail_before_commit
+    from pipeline.stages import EngineStage, count_commit, decode, fail_before_commit
 
     pools = one.pools
     faults = Faults(config.fake.faults, f"{output.store.uri}/_run/faults") if config.engine == "fake" else None
@@ -198,6 +212,7 @@ def dataflow(blocks: todo.Blocks, one: Pass, output: Output, config: Config, cen
                 round=one.round,
                 rows_per_write=pools.units_per_call or 1,
                 between=partial(fail_before_commit, faults=faults) if faults else None,
+                count=count_commit,
             ),
             ray_remote_args={"num_cpus": 0},
             concurrency=min(pools.write_tasks, len(blocks)),

@@ -73,11 +73,11 @@ class Lines(logging.Formatter):
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line: time (seconds since 1970), level, message, and those of `FIELDS` that are known."""
+    """One JSON object a line, in ASCII: time (seconds since 1970), level, message, those of `FIELDS` that are known."""
 
     def format(self, record: logging.LogRecord) -> str:
         head = {"time": round(record.created, 3), "level": record.levelname, "logger": record.name}
-        return json.dumps(head | fields_of(record), ensure_ascii=False)
+        return json.dumps(head | fields_of(record))
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a run did, for a person at a terminal: a summary, a table of recordings, word error rates, progress.
+"""What a run did, for a person at a terminal: a summary, a table of recordings, word error rates; how far it is.
 
 Reads the public tables and the ledger; changes nothing. Figures come from what is committed, never from what was
 sent off: a number shown here survives a crash.
@@ -6,12 +6,8 @@ sent off: a number shown here survives a crash.
 
 from __future__ import annotations
 
-import logging
-import threading
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,25 +15,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from pipeline import report_page
+from pipeline import figures, report_page
 from pipeline.config import Config
 from pipeline.errors import EXIT_FAILED, EXIT_OK, MurmurError
 from pipeline.figures import STAGES, Figures
 from pipeline.finalize import Success
-from pipeline.ledger import Ledger
 from pipeline.logs import one_line
 from pipeline.output import Output
 from pipeline.scoring import Score, word_score
-from pipeline.types import seconds
-
-log = logging.getLogger(__name__)
-
-_LOG_EVERY_S = 60.0
-_LOOK_EVERY_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +41,9 @@ class Work:
     def rtfx(self) -> float:
         return self.audio_s / self.wall_s
 
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"rtfx": round(self.rtfx, 2)}
+
 
 @dataclass(frozen=True, slots=True)
 class Summary:
@@ -62,14 +53,19 @@ class Summary:
     audio_s: float  # of all recordings in the tables
     work: Work | None  # None: nothing was to be done
     exit_code: int
+    start_s: float = 0.0  # reading the inputs, looking the model over, starting or joining Ray
+    finalize_s: float = 0.0
 
     @classmethod
-    def of(cls, success: Success, work: Work | None, exit_code: int) -> Summary:
-        return cls(success.counts, success.audio_s, work, exit_code)
+    def of(
+        cls, success: Success, work: Work | None, exit_code: int, start_s: float = 0.0, finalize_s: float = 0.0
+    ) -> Summary:
+        return cls(success.counts, success.audio_s, work, exit_code, start_s, finalize_s)
 
     def to_json(self) -> dict[str, Any]:
-        work = asdict(self.work) | {"rtfx": round(self.work.rtfx, 2)} if self.work else None
-        return {**self.counts, "audio_s": self.audio_s, "this_run": work}
+        work = self.work.to_json() if self.work else None
+        clock = {"start_s": round(self.start_s, 3), "finalize_s": round(self.finalize_s, 3)}
+        return {**self.counts, "audio_s": self.audio_s, **clock, "this_run": work}
 
 
 def exit_code(counts: Mapping[str, int], config: Config) -> int:
@@ -93,7 +89,8 @@ def recordings_table(output: Output, columns: Sequence[str] | None = None) -> pa
     return pa.concat_tables(tables)
 
 
-def show_summary(summary: Summary, console: Console) -> None:
+def show_summary(summary: Summary, output: Output, console: Console) -> None:
+    """What the run did and how long that took, whether every second is accounted for, what failed most."""
     console.print(f"{counted(summary.counts)}; {hours(summary.audio_s)} of audio")
     work = summary.work
     if work is None:
@@ -103,6 +100,15 @@ def show_summary(summary: Summary, console: Console) -> None:
             f"this run: {hours(work.audio_s)} of audio in {work.wall_s:.1f} s, RTFx {work.rtfx:.1f}"
             f" (wall clock from the first decode to the last commit; {work.pools})"
         )
+        console.print(
+            f"time: {summary.start_s:.1f} s to start, {work.wall_s:.1f} s of work, {summary.finalize_s:.1f} s for the"
+            " tables"
+        )
+    end = figures.end_of(recordings_table(output, figures.END_COLUMNS))
+    if summary.counts["ok"]:
+        console.print(report_page.coverage_line(end.audio, end.unaccounted))
+    if end.failures:
+        console.print("failed: " + ", ".join(f"{n} {kind}" for kind, n in end.failures.most_common(8)))
 
 
 def counted(counts: Mapping[str, int]) -> str:
@@ -199,7 +205,7 @@ def show_figures(found: Figures, console: Console) -> None:
         f"{hours(found.audio['committed_s'] or 0.0)} of audio committed, model {found.model}", highlight=False
     )
     if counts["ok"] + counts["failed"]:
-        console.print(report_page.coverage_line(found))
+        console.print(report_page.coverage_line(found.audio, found.unaccounted))
         console.print(report_page.fallback_line(found))
     for table in _figure_tables(found):
         if table.row_count:
@@ -303,111 +309,3 @@ def show_evaluation(found: Evaluation, console: Console, limit: int = 50) -> Non
         add("all", found.total, style="bold")
         console.print(table)
     console.print(f"{found.failed} failed and {found.without_reference} without a reference are not in these figures")
-
-
-# ---- progress of a run
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """How far a run is: recordings ended, those of them that failed, audio committed since it began."""
-
-    done: int
-    failed: int
-    audio_s: float
-
-
-class Standing:
-    """How far a run is that is to do `total` recordings in `round`, as the ledger says.
-
-    It has the output's lease: what has ended since it began, it has ended itself, and no list of ids is needed.
-    """
-
-    def __init__(self, output: Output, total: int, round: int) -> None:
-        self.total = total
-        self._ledger = Ledger.read(output.store, output.run.n_shards)
-        self._round = round
-        self._before = self._step()
-
-    def look(self) -> Step:
-        self._ledger.refresh()
-        now, before = self._step(), self._before
-        return Step(now.done - before.done, now.failed - before.failed, now.audio_s - before.audio_s)
-
-    def _step(self) -> Step:
-        """All that has ended by now, but for what is still to be retried."""
-        rows = self._ledger.recordings()
-        ended = rows.filter(pc.not_equal(rows["status"], "partial"))
-        ended = ended.filter(pc.invert(pc.is_in(ended["recording_id"], self._waiting())))
-        failed = pc.sum(pc.equal(ended["status"], "failed")).as_py() or 0
-        return Step(len(ended), failed, self._audio_s())
-
-    def _waiting(self) -> pa.Array:
-        """Recordings with a Unit that failed in an earlier round and was not redone yet."""
-        units = self._ledger.winners
-        old = pc.and_(pc.invert(units["ok"]), pc.less(units["round"], self._round))
-        return units.filter(old)["recording_id"].combine_chunks()
-
-    def _audio_s(self) -> float:
-        units = self._ledger.winners
-        mine = pc.greater_equal(units["round"], self._round)
-        return seconds(pc.sum(units.filter(mine)["n_samples"]).as_py() or 0)
-
-
-@contextmanager
-def progress(standing: Standing, console: Console) -> Iterator[None]:
-    """Shows how far the run is while the body runs: a bar on a terminal, elsewhere a log line a minute."""
-    ended = threading.Event()
-    showing = _bar(standing.total, console) if console.is_terminal else _log_line(standing.total)
-    pause_s = _LOOK_EVERY_S if console.is_terminal else _LOG_EVERY_S
-    with showing as show:
-        thread = threading.Thread(target=_watch, args=(standing, show, ended, pause_s), daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
-
-
-def _watch(standing: Standing, show: Callable[[Step], None], ended: threading.Event, pause_s: float) -> None:
-    while not ended.wait(pause_s):
-        began = time.monotonic()
-        try:
-            show(standing.look())
-        except MurmurError as error:  # the store does not answer now; if that lasts, the run itself will say so
-            log.warning("progress: %s", error)
-        pause_s = max(pause_s, 20 * (time.monotonic() - began))  # a large ledger is read seldom
-
-
-@contextmanager
-def _bar(total: int, console: Console) -> Iterator[Callable[[Step], None]]:
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[extra]}"),
-        TimeElapsedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
-    began = time.monotonic()
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("recordings", total=total, extra="")
-
-        def show(now: Step) -> None:
-            rtfx = now.audio_s / (time.monotonic() - began)
-            extra = f"{hours(now.audio_s)}, RTFx {rtfx:.1f}, {now.failed} failed"
-            bar.update(task, completed=now.done, extra=extra)
-
-        yield show
-
-
-@contextmanager
-def _log_line(total: int) -> Iterator[Callable[[Step], None]]:
-    began = time.monotonic()
-
-    def show(now: Step) -> None:
-        elapsed = time.monotonic() - began
-        left = f"{elapsed / now.done * (total - now.done):.0f} s left" if now.done else "time left unknown"
-        log.info(
-            "%d of %d recordings, %s of audio, RTFx %.1f, %d failed, %s",
-            *(now.done, total, hours(now.audio_s), now.audio_s / elapsed, now.failed, left),
-        )
-
-    yield show

@@ -138,22 +138,21 @@ def _summary(found: Figures) -> Section:
         f"{done:,} of {counts['inputs']:,} recordings have ended, {counts['partial']:,} are begun and"
         f" {counts['waiting']:,} wait."
         + (f" {counts['unlisted']:,} more are done and no longer listed." if counts["unlisted"] else ""),
-        coverage_line(found),
+        coverage_line(audio, found.unaccounted),
     ]
     return Section("summary", "Summary", tiles, notes)
 
 
-def coverage_line(found: Figures) -> str:
+def coverage_line(audio: Mapping[str, float | None], unaccounted: int) -> str:
     """The law of coverage in words: every second is decoded or skipped for a reason."""
-    audio = found.audio
     law = (
         f"Of {length(audio['duration_s'])} of audio in recordings that ended, {length(audio['decoded_s'])} were decoded"
         f" and {length(audio['skipped_s'])} skipped"
     )
     kept = (
         "; together that is every second of it."
-        if not found.unaccounted
-        else f"; in {counted(found.unaccounted, 'recording')} that does not add up to the length: run murmur verify."
+        if not unaccounted
+        else f"; in {counted(unaccounted, 'recording')} that does not add up to the length: run murmur verify."
     )
     if audio["speech_s"] is None:
         return law + kept + " No voice detector was run, so speech without text is not known."
@@ -199,7 +198,7 @@ def _stages(found: Figures) -> Section:
     columns = [Head("Stage"), Head("Seconds", "number"), Head("Share", "number"), Head("", "bar")]
     notes = [
         "Seconds of all workers together; stages run side by side, and many Units are in an engine at once, so this is"
-        " more than the run took. A Unit's seconds in the engine count from being handed in, waiting included."
+        " more than the run took. A Unit's seconds in the engine count from being let in to its end, beside the others."
     ]
     return Section("stages", "Time by stage", notes=notes, parts=[Table(columns, rows)])
 
@@ -289,7 +288,7 @@ def _coverage(found: Figures) -> Section:
         Head("Longest stretch without text", "number"), Head("Length", "number"),
     ]  # fmt: skip
     table = Table(heads, rows, "The recordings with the most speech that no segment covers")
-    notes = [coverage_line(found)]
+    notes = [coverage_line(found.audio, found.unaccounted)]
     return _or_nothing("coverage", "Coverage", [table], rows, "No recording has speech without text.", notes)
 
 

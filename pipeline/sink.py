@@ -6,6 +6,7 @@ commit is, the ledger says.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -24,6 +25,7 @@ class LedgerSink(Datasink[Committed]):  # type: ignore[misc]  # ray's types are 
     """Commits what reaches it, every write on its own. `write_returns` holds one `Committed` a write.
 
     `rows_per_write` is how many Units Ray gathers for one write: 1 loses least to a kill, more make fewer objects.
+    `count` is told after each write how many Units it committed and the seconds that took.
     """
 
     def __init__(
@@ -34,16 +36,21 @@ class LedgerSink(Datasink[Committed]):  # type: ignore[misc]  # ray's types are 
         round: int = 0,
         rows_per_write: int | None = None,
         between: Callable[[pa.Table], None] | None = None,
+        count: Callable[[int, float], None] | None = None,
     ) -> None:
         self._store, self._n_shards, self._round = store, n_shards, round
-        self._rows_per_write, self._between = rows_per_write, between
+        self._rows_per_write, self._between, self._count = rows_per_write, between, count
 
     def write(self, blocks: Iterable[Any], ctx: Any) -> Committed:
         """Commit all rows of `blocks` as one data object."""
         accessors = (BlockAccessor.for_block(block) for block in blocks)
         tables = [conform(one.to_arrow(), UNITS) for one in accessors if one.num_rows()]
         table = _ended(pa.concat_tables([UNITS.empty_table(), *tables]))
-        return commit(self._store, table, self._n_shards, round=self._round, between=self._between)
+        began = time.monotonic()
+        done = commit(self._store, table, self._n_shards, round=self._round, between=self._between)
+        if self._count is not None:
+            self._count(done.units, time.monotonic() - began)
+        return done
 
     @property
     def min_rows_per_write(self) -> int | None:

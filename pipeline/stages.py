@@ -13,12 +13,13 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import faulthandler
+import functools
 import json
 import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
+from pipeline import logs
 from pipeline.census import ALONE, BLOCK_DEATHS, CRASHES, DEFERRED, IN_A_ROW, LATER, Verdict
 from pipeline.config import Config
 from pipeline.engine import Engine, EngineConfig, load_engine
@@ -40,11 +42,13 @@ from pipeline.errors import (
     failure_of,
 )
 from pipeline.manifest import store_of
+from pipeline.metrics import Meters, Metric, Record
+from pipeline.progress import News
 from pipeline.schema import UNITS, to_table, unit_row
 from pipeline.stitch import failed_unit
-from pipeline.stopwatch import clocked
+from pipeline.stopwatch import Rate, clocked
 from pipeline.todo import Source, from_json, to_json
-from pipeline.types import SAMPLE_RATE, DecodeOptions, Failure, Recording, Spent, Unit, UnitResult
+from pipeline.types import SAMPLE_RATE, DecodeOptions, Failure, Recording, Spent, Unit, UnitResult, seconds
 from pipeline.units import read_units
 
 log = logging.getLogger(__name__)
@@ -80,14 +84,17 @@ def decode(
     With a `census` (the handle of a `pipeline.census.Census`), a source that fails is put off unless the pass
     `is_final`. Raises `StoreError` where a store refuses everything.
     """
+    _set_up_worker(config, census)
     for place in blocks.to_pylist():
         items = source.read(**place)
         block = _Block(census, items[0].recording.id, is_final) if census is not None else None
         for item in items:
             units = _still_to_do(_read(item.recording, config, faults), item.done, item.gap_start)
             watched = units if block is None else block.watched(item.recording, units)
-            for unit, spent in clocked(watched):
-                yield pa.Table.from_pylist([unit_to_row(dataclasses.replace(unit, spent=spent))], schema=UNIT_ROW)
+            with logs.about(item.recording.id):
+                for unit, spent in clocked(watched):
+                    count_decoded(unit, spent)
+                    yield pa.Table.from_pylist([unit_to_row(dataclasses.replace(unit, spent=spent))], schema=UNIT_ROW)
         if block is not None:
             block.close()
 
@@ -173,6 +180,7 @@ class EngineStage:
     """
 
     def __init__(self, config: Config, engine: EngineConfig, census: Any = None, alone: bool = False) -> None:
+        _set_up_worker(config, census)
         self._options = config.decode_options()
         self._census, self._alone, self._turn = census, alone, asyncio.Lock()
         self._door = Door()
@@ -181,6 +189,7 @@ class EngineStage:
             self._name = _register(census)
             self._engine = load_engine(engine)
             log.info("engine: %s", self._engine.info)
+            self._gauges = Gauges(self._engine)
             self._door.limit = 2 * self._engine.info.lanes
             exit_when_stuck(self._engine, config.engine_timeout_s)
         except MurmurError as error:
@@ -221,14 +230,21 @@ class EngineStage:
         if verdict == Verdict.FAIL:
             error = WorkerCrashError(f"the engine's process died with this Unit alone in it, {ALONE} times")
             return failed_unit(unit, failure_of(error, "engine", attempts=ALONE + 1))
+        with logs.about(unit.recording.id), self._gauges.in_flight():
+            return await self._submitted(unit, engine)
+
+    async def _submitted(self, unit: Unit, engine: Engine) -> UnitResult:
         async with self._door.opened(_n_windows(unit, self._options)):
             began = time.monotonic()
             try:
                 result = await engine.submit(unit, self._options)
             except (EngineError, ConfigError) as error:  # the latter: what a manifest line asks of this model
                 result = failed_unit(unit, failure_of(error, "engine"))
-            spent = dataclasses.replace(unit.spent or Spent(), engine_s=time.monotonic() - began)
-            return dataclasses.replace(result, spent=spent)
+            if result.failure is None:
+                self._gauges.transcribed(unit)
+            engine_s = time.monotonic() - began
+            meters().spent(Spent(engine_s=engine_s))
+            return dataclasses.replace(result, spent=dataclasses.replace(unit.spent or Spent(), engine_s=engine_s))
 
 
 class Door:
@@ -263,6 +279,12 @@ def _n_windows(unit: Unit, options: DecodeOptions) -> int:
     if options.algorithm == "sequential":
         return 1
     return max(1, -(-unit.n_samples // (options.chunk_length_s * SAMPLE_RATE)))
+
+
+def _set_up_worker(config: Config, census: Any) -> None:
+    """Log lines of a process of the job (it has a census) look as the driver's do."""
+    if census is not None:
+        logs.set_up(config.log_format)
 
 
 async def _ready(result: UnitResult) -> UnitResult:
@@ -300,6 +322,91 @@ def exit_when_stuck(engine: Engine, timeout_s: float) -> None:
             time.sleep(min(5.0, timeout_s / 8))
 
     threading.Thread(target=watch, name="watchdog", daemon=True).start()
+
+
+# ---- what is counted, see `pipeline.metrics`
+
+
+@functools.cache
+def _ray_meters() -> Meters:
+    return Meters(_instrument)
+
+
+def meters() -> Meters:
+    """The metrics of this process, exported by the Ray it is connected to; without one they go nowhere."""
+    return _ray_meters() if ray.is_initialized() else Meters(lambda metric: lambda value, labels: None)
+
+
+def _instrument(metric: Metric) -> Record:
+    from ray.util import metrics
+
+    about: dict[str, Any] = {"description": metric.help, "tag_keys": tuple(metric.labels)}
+    if metric.kind == "counter":
+        counter = metrics.Counter(metric.name, **about)
+        return lambda value, labels: counter.inc(value, tags=labels)
+    if metric.kind == "gauge":
+        gauge = metrics.Gauge(metric.name, **about)
+        return lambda value, labels: gauge.set(value, tags=labels)
+    histogram = metrics.Histogram(metric.name, boundaries=list(metric.buckets), **about)
+    return lambda value, labels: histogram.observe(value, tags=labels)
+
+
+def count_decoded(item: Unit | UnitResult, spent: Spent) -> None:
+    """In a decode task, for each Unit that leaves it."""
+    meters().record("murmur_audio_seconds_total", seconds(item.n_samples), stage="decoded")
+    meters().spent(spent)
+
+
+def count_commit(units: int, took_s: float) -> None:
+    """In a write task, after each commit; every Unit has its share of the time."""
+    for _ in range(units):
+        meters().spent({"commit_s": took_s / units})
+
+
+def count_ended(news: News) -> None:
+    """In the driver, for what the ledger says has ended."""
+    meters().record("murmur_recordings_total", news.ok, status="ok")
+    meters().record("murmur_recordings_total", news.failed, status="failed")
+    for failed in news.failures:
+        meters().record("murmur_failures_total", 1, kind=failed["kind"], stage=failed["stage"] or "other")
+
+
+def count_retries(recordings: int, stage: str) -> None:
+    """In the driver, for what is taken up again."""
+    meters().record("murmur_retries_total", recordings, stage=stage)
+
+
+class Gauges:
+    """What an engine is doing, looked at every two seconds by a thread of its own for as long as the process lives."""
+
+    EVERY_S = 2.0
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self._n_units, self._rate = engine, 0, Rate()
+        threading.Thread(target=self._keep, name="gauges", daemon=True).start()
+
+    @contextmanager
+    def in_flight(self) -> Iterator[None]:
+        """In the body one Unit more is in the engine's hands."""
+        self._n_units += 1
+        try:
+            yield
+        finally:
+            self._n_units -= 1
+
+    def transcribed(self, unit: Unit) -> None:
+        self._rate.add(seconds(unit.n_samples))
+        meters().record("murmur_audio_seconds_total", seconds(unit.n_samples), stage="transcribed")
+
+    def _keep(self) -> None:
+        while True:
+            load = self._engine.load()
+            meters().record("murmur_lanes", load.lanes)
+            meters().record("murmur_lanes_busy", load.busy)
+            meters().record("murmur_windows_queued", load.queued)
+            meters().record("murmur_units_in_flight", self._n_units)
+            meters().record("murmur_rtfx", self._rate.now())
+            time.sleep(self.EVERY_S)
 
 
 def unit_to_row(item: Unit | UnitResult) -> dict[str, Any]:

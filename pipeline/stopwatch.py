@@ -1,17 +1,17 @@
-"""Where the time of a decode task goes: seconds of this process by stage, and what of them each Unit took.
+"""Where time goes: seconds of a decode task by stage, and what of them each Unit took; the speed of this minute.
 
     with spending("vad"): ...            where the work is done, however deep
     for unit, spent in clocked(units):   where Units come out
 
 For display only: nothing is decided by these figures, and no public table holds them. One decode task runs in a
-process at a time; elsewhere (an endpoint, a notebook) the seconds add up and nobody asks for them. Knows no stage.
+process at a time; elsewhere (an endpoint, a notebook) the seconds add up and nobody asks for them.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -55,3 +55,36 @@ def _take() -> dict[str, float]:
         parts = dict(_spent)
         _spent.clear()
     return parts
+
+
+class Rate:
+    """Seconds of audio for each second of wall clock over the last minute: RTFx as it is now, not since the start."""
+
+    def __init__(self, window_s: float = 60.0) -> None:
+        self._window_s = window_s
+        self._began = time.monotonic()
+        self._total = 0.0
+        self._seen: deque[tuple[float, float]] = deque([(self._began, 0.0)])  # when, and all audio by then
+
+    def add(self, audio_s: float) -> None:
+        """So much more has come out."""
+        self._total += audio_s
+        self._seen.append((time.monotonic(), self._total))
+        self._forget()
+
+    def now(self) -> float:
+        """Over the last minute, or since the beginning where that is less ago; 0 before anything came out."""
+        self._forget()
+        since, before = self._seen[0]
+        elapsed = time.monotonic() - since
+        return (self._total - before) / elapsed if elapsed > 0 else 0.0
+
+    def overall(self) -> float:
+        elapsed = time.monotonic() - self._began
+        return self._total / elapsed if elapsed > 0 else 0.0
+
+    def _forget(self) -> None:
+        """The first entry kept is the last one from before the window."""
+        horizon = time.monotonic() - self._window_s
+        while len(self._seen) > 1 and self._seen[1][0] <= horizon:
+            self._seen.popleft()

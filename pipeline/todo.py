@@ -88,6 +88,11 @@ class Estimate:
     guessed_s: float  # by sizes, where it gives no length
     unknown: int  # recordings of which neither is known
 
+    @property
+    def audio_s(self) -> float | None:
+        """Seconds to do; None where the length of some is not known at all."""
+        return None if self.unknown else self.hinted_s + self.guessed_s
+
 
 def to_json(recording: Recording) -> str:
     return json.dumps(dataclasses.asdict(recording))

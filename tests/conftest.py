@@ -22,6 +22,7 @@ RAY_ENV = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DEDUP_LOGS": "0",
+    "RAY_metrics_report_interval_ms": "1000",
     "HF_HUB_OFFLINE": "1",
 }
 os.environ.update(RAY_ENV)

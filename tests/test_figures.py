@@ -15,10 +15,11 @@ import pytest
 from commits import UNIT, begin, failed, ok, put, read_ledger, segment, unreadable
 
 from pipeline import schema
+from pipeline.entries import ENTRIES
 from pipeline.figures import MOST_BINS, Figures, figures, longest_gap, throughput
 from pipeline.finalize import Success, finalize
 from pipeline.journal import Journal
-from pipeline.ledger import ENTRIES, SNAPSHOTS
+from pipeline.ledger import SNAPSHOTS
 from pipeline.output import SUCCESS, Output, write_inputs
 from pipeline.stitch import stitch
 from pipeline.store import Store
@@ -166,7 +167,8 @@ def test_the_longest_stretch_that_nothing_covers(taken: list[tuple[float, float]
 
 def committed_at(*times: float | None) -> pa.Table:
     """Winners, each 10 s of audio, committed at these times."""
-    plain = {"shard": 0, "is_last": True, "ok": True, "uri": "", "object": "x", "round": 0, "pinned": False}
+    plain = {"shard": 0, "is_last": True, "ok": True, "object": "x", "round": 0, "pinned": False}
+    plain |= {"data": "x", "start": 0, "stop": 1, "sha256": bytes(32)}
     rows = [{**plain, "recording_id": str(i), "index": 0, "n_samples": UNIT, "at": at} for i, at in enumerate(times)]
     return pa.Table.from_pylist(rows, schema=ENTRIES)
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Bottom to top. A module may import from its own layer and from those above it in this list.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("pipeline.types", "pipeline.errors", "pipeline.config", "pipeline.signals", "pipeline.machine",
-     "pipeline.stopwatch", "pipeline.logs"),
+     "pipeline.stopwatch", "pipeline.logs", "pipeline.metrics"),
     ("pipeline.demo",),
     (
         "pipeline.manifest", "pipeline.audio", "pipeline.decoder",
@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("pipeline.engine",),
     ("pipeline.transcribe", "pipeline.sink", "pipeline.finalize", "pipeline.figures", "pipeline.charts",
-     "pipeline.report_page", "pipeline.report"),
+     "pipeline.report_page", "pipeline.report", "pipeline.progress"),
     ("pipeline.stages",),
     ("pipeline.job", "pipeline.submit", "pipeline.bench"),
     ("pipeline.cli",),

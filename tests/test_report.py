@@ -1,4 +1,4 @@
-"""What is shown of a run: progress from the ledger, an unfinished output, tables for a person, word error rates."""
+"""What is shown of a run: an unfinished output, tables for a person, word error rates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from pipeline.errors import MurmurError
 from pipeline.figures import figures
 from pipeline.finalize import finalize
 from pipeline.output import Output, write_inputs
-from pipeline.report import Standing, Step
 from pipeline.store import Store
 from pipeline.types import Recording
 
@@ -40,31 +39,6 @@ def said(show: Callable[[Console], None]) -> str:
 def test_exit_codes(failed: int, missing: int, fraction: float, code: int) -> None:
     config = load_config(overrides={"max_failed_fraction": fraction}, env={})
     assert report.exit_code({"inputs": 10, "failed": failed, "missing": missing}, config) == code
-
-
-def test_progress_counts_what_ended_since_the_run_began(output: Output) -> None:
-    put(output.store, ok("before"), ok("begun", 0, last=False))
-    standing = Standing(output, total=4, round=0)
-    assert (standing.total, standing.look()) == (4, Step(0, 0, 0.0))
-    put(output.store, ok("new", 0, last=False))
-    assert standing.look() == Step(0, 0, 10.0)
-    put(output.store, ok("begun", 1), failed("bad"))
-    assert standing.look() == Step(2, 1, 30.0)
-    put(output.store, ok("new", 1))
-    put(output.store, ok("new", 1))  # twice: Ray ran it again
-    assert standing.look() == Step(3, 1, 40.0)
-
-
-def test_progress_of_a_retry_waits_for_each_unit_that_failed(output: Output) -> None:
-    put(output.store, failed("a", 0, last=False), ok("a", 1, last=False), failed("a", 2), failed("b"))
-    standing = Standing(output, total=2, round=1)
-    assert standing.look() == Step(0, 0, 0.0)
-    put(output.store, ok("a", 0, last=False), round=1)
-    assert standing.look() == Step(0, 0, 10.0)
-    put(output.store, failed("b"), round=1)  # no better than before, but done
-    assert standing.look() == Step(1, 1, 20.0)
-    put(output.store, ok("a", 2), round=1)
-    assert standing.look() == Step(2, 1, 30.0)
 
 
 def test_a_look_before_in_and_after_a_run(output: Output) -> None:
