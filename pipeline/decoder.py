@@ -340,11 +340,15 @@ class Decoder:
         return ": ".join([how, *last_words])
 
     def kill(self) -> str:
-        """End it, if it has not ended; what it wrote to stderr."""
+        """End it, if it has not ended; what it wrote to stderr, the first time that is asked."""
         self.wire.close()
         self._process.kill()
-        _, words = self._process.communicate()
-        return words.decode(errors="replace")
+        self._process.wait()
+        stderr = self._process.stderr
+        if stderr is None or stderr.closed:
+            return ""
+        with stderr:
+            return stderr.read().decode(errors="replace")
 
 
 def _start_process(memory_mb: int, socket: int) -> subprocess.Popen[bytes]:
