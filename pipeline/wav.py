@@ -26,15 +26,15 @@ class PlainWav:
 def plain_wav(head: bytes, size: int) -> PlainWav | None:
     """How to read a file of `size` bytes that begins with `head`, if it is plain; None where a decoder must look.
 
-    Plain is only what can be read in one way: a length is stated, and nothing follows the samples.
+    Plain is only what can be read in one way: a length is stated, there are samples, and nothing follows them.
     """
     plain = False
     for name, at, n_bytes in _chunks(head):
         if name == b"fmt ":
             plain = head[at : at + 16] == _PLAIN and n_bytes in (16, 18)
         if name == b"data":
-            whole = 0 < n_bytes < _UNSTATED and at + n_bytes + n_bytes % 2 >= size
-            return PlainWav(at, n_bytes) if plain and whole else None
+            to_the_end = 0 < n_bytes < _UNSTATED and at + 2 <= size <= at + n_bytes + n_bytes % 2
+            return PlainWav(at, n_bytes) if plain and to_the_end else None
     return None
 
 
