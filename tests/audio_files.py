@@ -34,6 +34,18 @@ KINDS = {
     "wv": ("wv", "wavpack"),
 }
 
+# Texts that name another file, in the way of each format.
+PLAYLISTS = {
+    "hls": "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n{path}\n#EXT-X-ENDLIST\n",
+    "m3u": "#EXTM3U\n{path}\n",
+    "ffconcat": "ffconcat version 1.0\nfile {path}\n",
+    "sdp": "v=0\r\no=- 0 0 IN IP4 127.0.0.1\r\ns=x\r\nc=IN IP4 127.0.0.1\r\nt=0 0\r\nm=audio 5004 RTP/AVP 0\r\n",
+    "dash": '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" '
+    'mediaPresentationDuration="PT10S"><Period><AdaptationSet mimeType="audio/mp4"><Representation id="1" '
+    'bandwidth="1"><BaseURL>{path}</BaseURL></Representation></AdaptationSet></Period></MPD>',
+    "imf": '<?xml version="1.0"?><CompositionPlaylist xmlns="http://www.smpte-ra.org/schemas/2067-3/2016"/>',
+}
+
 
 def tone(hz: float, duration_s: float, rate: int = 16_000, level: float = 0.25) -> Samples:
     t = np.arange(round(duration_s * rate)) / rate

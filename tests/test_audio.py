@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from audio_files import KINDS, Samples, noise, tone, write_audio, write_film, write_tracks, write_wav
+from audio_files import KINDS, PLAYLISTS, Samples, noise, tone, write_audio, write_film, write_tracks, write_wav
 
 from pipeline import audio
 from pipeline.audio import AudioStream
@@ -481,18 +481,6 @@ def test_flipped_bits_give_samples_or_one_line(kind: str, tmp_path: Path) -> Non
 
 
 # ---- nothing but the given bytes
-
-
-PLAYLISTS = {
-    "hls": "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n{path}\n#EXT-X-ENDLIST\n",
-    "m3u": "#EXTM3U\n{path}\n",
-    "ffconcat": "ffconcat version 1.0\nfile {path}\n",
-    "sdp": "v=0\r\no=- 0 0 IN IP4 127.0.0.1\r\ns=x\r\nc=IN IP4 127.0.0.1\r\nt=0 0\r\nm=audio 5004 RTP/AVP 0\r\n",
-    "dash": '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" '
-    'mediaPresentationDuration="PT10S"><Period><AdaptationSet mimeType="audio/mp4"><Representation id="1" '
-    'bandwidth="1"><BaseURL>{path}</BaseURL></Representation></AdaptationSet></Period></MPD>',
-    "imf": '<?xml version="1.0"?><CompositionPlaylist xmlns="http://www.smpte-ra.org/schemas/2067-3/2016"/>',
-}
 
 
 # libav finds out what these are and would go on: our list of formats is what stops it. The others it does not take for
