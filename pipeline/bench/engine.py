@@ -43,6 +43,7 @@ DTYPES: dict[str, dict[str, tuple[str, ...]]] = {
 }
 LIBRARIES = ("ours", *DTYPES["cpu"])
 PARTS = ("race", "stages", "words", "vad", "spread", "sequential", "peaks")
+FEW_WINDOWS = 4  # of a runtime that takes them one by one: each takes as long as the next
 NEARLY = 1.15  # a batch that is slower by less in one try may still be the better one
 MOST_TOKENS = 224  # half the text context: what any of them may sample for one window
 
@@ -233,20 +234,20 @@ def _find_settings(plan: Plan, entry: Entry) -> list[Entry]:
     """Warms it up and tries its batches on as many windows as each takes; keeps the fastest.
 
     Returns more entries of the same contestant: its second best batch where one try cannot tell which is better, and
-    for openai-whisper one window at a time, the only way that its `transcribe` knows.
+    its own call for recordings.
     """
     batches = sorted({min(batch, plan.windows) for batch in plan.batches})
-    settings: list[Setting] = entry.seat.ask("settings", batches, plan.windows)
+    every: list[Setting] = entry.seat.ask("settings", batches, plan.windows)
+    settings = [setting for setting in every if not setting.long_form]
+    more = [setting for setting in every if setting.long_form]
     if len(settings) == 1:
         entry.setting = settings[0]
         entry.seat.ask("run", min(plan.windows, entry.setting.batch), min(plan.tokens, 8), entry.setting)
-        return []
+        return [Entry(entry.library, entry.dtype, entry.seat, setting) for setting in more]
     seconds = {setting: _try_setting(plan, entry, setting) for setting in settings}
     entry.sweep = [{"setting": str(setting), "s_per_window": value} for setting, value in seconds.items()]
     entry.setting, second, *_ = sorted(settings, key=lambda setting: seconds[setting])
-    more = [second] if seconds[second] < NEARLY * seconds[entry.setting] else []
-    if entry.library == "openai-whisper":
-        more += [setting for setting in settings if setting.batch == 1 and setting not in (entry.setting, *more)]
+    more += [second] if seconds[second] < NEARLY * seconds[entry.setting] else []
     return [Entry(entry.library, entry.dtype, entry.seat, setting) for setting in more]
 
 
@@ -258,8 +259,10 @@ def _try_setting(plan: Plan, entry: Entry, setting: Setting) -> float:
 
 
 def _turn(plan: Plan, entry: Entry) -> Figures:
-    turn = _ask(entry, plan.windows, plan.tokens, entry.setting)
-    factor = to_as_many_tokens(turn, plan.tokens)
+    assert entry.setting is not None
+    windows = min(plan.windows, FEW_WINDOWS) if entry.setting.long_form else plan.windows
+    turn = _ask(entry, windows, plan.tokens, entry.setting)
+    factor = to_as_many_tokens(turn, plan.tokens) * plan.windows / windows
     return {**turn, "wall_s": turn["wall_s"] * factor, "cpu_s": turn["cpu_s"] * factor}
 
 
@@ -311,27 +314,29 @@ def _same_tokens(entry: Entry, entries: Sequence[Entry]) -> float | None:
     reference = next((other for other in ours if other.dtype == "float32"), ours[0])
     if entry.library == "transformers":
         return None
-    pairs = list(zip(entry.turns[-1]["tokens"], reference.turns[-1]["tokens"], strict=True))
-    return sum(list(theirs) == list(mine) for theirs, mine in pairs) / len(pairs)
+    theirs = entry.turns[-1]["tokens"]
+    pairs = list(zip(theirs, reference.turns[-1]["tokens"][: len(theirs)], strict=True))
+    return sum(list(its) == list(mine) for its, mine in pairs) / len(pairs)
 
 
 def _ratios(entries: Sequence[Entry]) -> dict[str, Figures]:
-    """How many times as fast the first of ours is as each library's fastest entry, and as openai-whisper one by one."""
+    """How many times as fast the first of ours is as each library's fastest entry, and as its own call."""
     ratios = {}
     for library in LIBRARIES[1:]:
         raced = [entry for entry in entries if entry.library == library and entry.raced]
-        if raced:
-            best = min(raced, key=lambda entry: median(turn["wall_s"] for turn in entry.turns))
+        alone = [entry for entry in raced if entry.setting is not None and entry.setting.long_form]
+        batched = [entry for entry in raced if entry not in alone]
+        if batched:
+            best = min(batched, key=lambda entry: median(turn["wall_s"] for turn in entry.turns))
             ratios[library] = _ratio(best, _ours(entries))
-        for entry in raced:
-            if library == "openai-whisper" and str(entry.setting) == "1":
-                ratios["openai-whisper one by one"] = _ratio(entry, _ours(entries))
+        for entry in alone:
+            ratios[f"{library}, its own call"] = _ratio(entry, _ours(entries))
     return ratios
 
 
 def _ratio(theirs: Entry, ours: Entry) -> Figures:
     return {
-        "best": f"{theirs.name}, batch {theirs.setting}",
+        "best": f"{theirs.name}, {'one at a time' if str(theirs.setting) == 'alone' else f'batch {theirs.setting}'}",
         "ours_is_faster": quotient(theirs.turns, ours.turns),
     }
 

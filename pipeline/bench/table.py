@@ -15,7 +15,8 @@ def show_engine(figures: Figures, console: Console) -> None:
     console.print(
         f"{plan['model']}; {plan['windows']} windows of 30 s, {plan['tokens']} tokens each, log-mel included; "
         f"{plan['threads']} threads, {plan['rounds']} rounds in turn: the median and their range; "
-        "8 x 2: two batches of 8 at once; same: windows with the tokens of ours in float32; MB: peak of the process. "
+        "8 x 2: two batches of 8 at once; alone: 4 windows by its own call for recordings; "
+        "same: windows with the tokens of ours in float32; MB: peak of the process. "
         "In brackets: the range of the rounds, and the figure by processor time",
         highlight=False,
     )
@@ -85,8 +86,8 @@ def _lines(figures: Figures) -> Iterator[str]:
         tokens, faster = spread["tokens"], spread["refill_is_faster_than"]
         yield (
             f"{spread['windows']} windows of {tokens['shortest']} to {tokens['longest']} tokens: refilled lanes are "
-            f"{_times(faster['static'])} times as fast as static batches, {_times(faster['static_padded'])} times as "
-            "fast as padded ones"
+            f"{_times(faster['static_padded'])} times as fast as static batches, {_times(faster['static'])} times as "
+            "fast as batches that rows leave as they end"
         )
     if sequential := figures.get("sequential"):
         share = sequential["share_of_windows"]

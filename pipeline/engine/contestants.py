@@ -34,9 +34,14 @@ class Setting:
 
     batch: int
     side_by_side: int = 1
+    long_form: bool = False  # not in batches but by the call that the runtime itself has for recordings
 
     def __str__(self) -> str:
-        return f"{self.batch}" + (f" x {self.side_by_side}" if self.side_by_side > 1 else "")
+        return (
+            "alone"
+            if self.long_form
+            else f"{self.batch}" + (f" x {self.side_by_side}" if self.side_by_side > 1 else "")
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +202,7 @@ class FasterWhisper(Contestant):
 
 
 class OpenaiWhisper(Contestant):
-    """`whisper.decode` on a batch of mels: its `transcribe` would take one at a time."""
+    """`whisper.decode` on a batch of mels, which nothing in it calls; and `transcribe`, which takes one at a time."""
 
     def __init__(self, spec: Spec) -> None:
         from pipeline.demo.train.convert import to_openai
@@ -205,17 +210,39 @@ class OpenaiWhisper(Contestant):
         super().__init__(spec)
         self._model: Any = to_openai(spec.folder).to(spec.device)
 
+    def settings(self, batches: Sequence[int], windows: int) -> list[Setting]:
+        return [*super().settings(batches, windows), Setting(1, long_form=True)]
+
+    def run(self, windows: Sequence[Pcm], n_tokens: int, setting: Setting) -> Answer:
+        if not setting.long_form:
+            return super().run(windows, n_tokens, setting)
+        return Answer([self._transcribe(pcm, n_tokens) for pcm in windows])
+
+    def _transcribe(self, pcm: Pcm, n_tokens: int) -> list[int]:
+        result = self._model.transcribe(
+            _as_float(pcm),
+            temperature=0.0,
+            compression_ratio_threshold=None,
+            logprob_threshold=None,
+            no_speech_threshold=None,
+            **self._options(n_tokens),
+        )
+        return [token for segment in result["segments"] for token in segment["tokens"]]
+
+    def _options(self, n_tokens: int) -> dict[str, Any]:
+        return {
+            "language": LANGUAGE,
+            "sample_len": n_tokens,
+            "suppress_tokens": self.rules.suppressed(timestamps=True),
+            "fp16": self.dtype == "float16",
+        }
+
     @torch.inference_mode()
     def run_batch(self, windows: Sequence[Pcm], n_tokens: int) -> Answer:
         import whisper
 
         answer, model = Answer([]), self._model
-        options = whisper.DecodingOptions(
-            language=LANGUAGE,
-            sample_len=n_tokens,
-            suppress_tokens=self.rules.suppressed(timestamps=True),
-            fp16=self.dtype == "float16",
-        )
+        options = whisper.DecodingOptions(**self._options(n_tokens))
         with answer.stage("mel"):
             mel = torch.stack([whisper.log_mel_spectrogram(_as_float(pcm), model.dims.n_mels) for pcm in windows])
         with answer.stage("encoder"):
