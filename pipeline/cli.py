@@ -155,6 +155,41 @@ def finalize(output: OutputArgument, as_json: Json = False, verbose: Verbose = F
     _finish(EXIT_OK, as_json, {**success.counts, "complete": success.complete, "audio_s": success.audio_s})
 
 
+@app.command()
+def verify(
+    output: OutputArgument,
+    repair: Annotated[bool, typer.Option("--repair", help="Put right what can be.")] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Check every table and every committed object against what was written; any time, also while a run goes on."""
+    from pipeline import verify as verifying
+
+    logs.set_up(verbose=verbose)
+    found = verifying.repair(_open(output)) if repair else verifying.check(_open(output))
+    console = _console(as_json)
+    for line in found.lines(output):
+        console.print(line, markup=False, highlight=False)
+    _finish(found.exit_code, as_json, found.to_json())
+
+
+@app.command()
+def clean(
+    output: OutputArgument,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what could go.")] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Remove what killed runs left and what was superseded; only while nobody works on the output."""
+    from pipeline.clean import clean as clean_up
+
+    logs.set_up(verbose=verbose)
+    found = clean_up(_open(output), dry_run=dry_run)
+    words = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in found.to_json().items() if count)
+    _console(as_json).print(f"{'could be removed' if dry_run else 'removed'}: {words or 'nothing'}", highlight=False)
+    _finish(EXIT_OK, as_json, found.to_json())
+
+
 @app.command("report")
 def report_command(
     output: OutputArgument,

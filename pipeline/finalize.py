@@ -90,9 +90,13 @@ class Build:
         return self.output.run.n_shards
 
     def paths(self, shard: int) -> dict[str, str]:
-        """Table → the file of this shard. Without word times there is one file of words, empty and typed."""
-        tables = SCHEMAS if shard == 0 or self.output.has_words else ("segments", "recordings")
-        return {table: f"{table}/part-{shard:05d}-of-{self.n_shards:05d}.parquet" for table in tables}
+        return table_paths(self.output, shard)
+
+
+def table_paths(output: Output, shard: int) -> dict[str, str]:
+    """Table → the file of this shard. Without word times there is one file of words, empty and typed."""
+    tables = SCHEMAS if shard == 0 or output.has_words else ("segments", "recordings")
+    return {table: f"{table}/part-{shard:05d}-of-{output.run.n_shards:05d}.parquet" for table in tables}
 
 
 def finalize(

@@ -172,9 +172,9 @@ class Ledger:
         """Rows of winners lie elsewhere now, as `entries` say. It counts once it is pinned."""
         self.winners, self._is_pinned = winners(entries), False
 
-    def covers(self, name: str) -> bool:
-        """Whether the winners take account of the ledger object `name`."""
-        return name in self._read
+    def covered(self) -> frozenset[str]:
+        """The ledger objects that the winners take account of."""
+        return frozenset(self._read)
 
     def read_again(self, ids: Collection[str]) -> None:
         """Nothing that was committed of these recordings counts any more: their audio was replaced."""

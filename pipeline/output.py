@@ -29,6 +29,7 @@ from pipeline.types import Recording
 CONFIG = "_run/config.json"
 INPUTS = "_run/inputs"
 LEDGER = "_run/ledger"
+PROBE = "probe-"  # names of objects that were only put to see whether that can be done
 TABLES = ("segments", "words", "recordings")
 SUCCESS = "_SUCCESS"
 
@@ -113,7 +114,7 @@ def read_output(uri: str) -> Output:
 
 
 def _probe(store: Store) -> None:
-    name = f"_run/probe-{uuid.uuid4().hex}"
+    name = f"_run/{PROBE}{uuid.uuid4().hex}"
     store.put(name, b"can this be written?\n")
     store.delete(name)
 

@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("pipeline.engine",),
     ("pipeline.transcribe", "pipeline.sink", "pipeline.finalize", "pipeline.figures", "pipeline.charts",
-     "pipeline.report_page", "pipeline.report", "pipeline.progress"),
+     "pipeline.report_page", "pipeline.report", "pipeline.progress", "pipeline.verify", "pipeline.clean"),
     ("pipeline.stages",),
     ("pipeline.job", "pipeline.submit", "pipeline.bench"),
     ("pipeline.cli",),
