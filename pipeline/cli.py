@@ -103,6 +103,9 @@ def transcribe(
     config_file: ConfigFile = None,
     sets: Sets = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what there is to do.")] = False,
+    check_inputs: Annotated[
+        bool, typer.Option("--check-inputs", help="Do again what was done from files that were replaced since.")
+    ] = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -110,13 +113,14 @@ def transcribe(
     config = load_config(config_file, {"model": model}, sets or ())
     logs.set_up(config.log_format, verbose=verbose)
     if output is None:
-        if dry_run:
-            raise UsageError("--dry-run needs --output: without it there is no run to look ahead to")
+        if dry_run or check_inputs:
+            option = "--dry-run" if dry_run else "--check-inputs"
+            raise UsageError(f"{option} needs --output: without it there is no run to look at")
         _finish(*_print_transcripts(inputs, config, format, as_json))
     console = _console(as_json)
     if dry_run:
-        _finish(EXIT_OK, as_json, _show_estimate(inputs, output, config, console))
-    summary = _run(inputs, output, config, console)
+        _finish(EXIT_OK, as_json, _show_estimate(inputs, output, config, console, check_inputs))
+    summary = _run(inputs, output, config, console, check_inputs=check_inputs)
     _show_end(summary, output, console)
     _finish(summary.exit_code, as_json, summary.to_json())
 
@@ -276,10 +280,10 @@ def _whole_numbers(option: str, text: str) -> tuple[int, ...]:
         raise UsageError(f"{option} {text!r}: whole numbers with commas between them") from None
 
 
-def _run(inputs: Sequence[str], output: str, config: Config, console: Console, *, retry: bool = False) -> Summary:
+def _run(inputs: Sequence[str], output: str, config: Config, console: Console, **how: bool) -> Summary:
     from pipeline.job import run
 
-    return run(inputs, output, config, retry=retry, console=console)
+    return run(inputs, output, config, console=console, **how)
 
 
 def _open(output: str) -> Any:
@@ -306,11 +310,13 @@ def _show_end(summary: Summary, output: str, console: Console) -> None:
     console.print(f"Look closer with: murmur report {output} --html report.html", markup=False, highlight=False)
 
 
-def _show_estimate(inputs: Sequence[str], output: str, config: Config, console: Console) -> Mapping[str, Any]:
+def _show_estimate(
+    inputs: Sequence[str], output: str, config: Config, console: Console, check_inputs: bool
+) -> Mapping[str, Any]:
     from pipeline.job import estimate
     from pipeline.report import hours
 
-    found = estimate(inputs, output, config)
+    found = estimate(inputs, output, config, check_inputs=check_inputs)
     console.print(
         f"{found.missing} of {found.inputs} recordings are to do: {hours(found.hinted_s)} as the manifest says"
     )

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 
-from pipeline import todo
+from pipeline import changes, todo
 from pipeline.census import STORE_WIDE, Census
 from pipeline.config import Config, RayConfig, fingerprint_keys
 from pipeline.engine import EngineConfig, engine_config
@@ -57,11 +57,18 @@ LOCAL_CPUS = 4  # logical CPUs of a cluster started here, at least: two would be
 
 
 def run(
-    inputs: Sequence[str], output_uri: str, config: Config, *, retry: bool = False, console: Console | None = None
+    inputs: Sequence[str],
+    output_uri: str,
+    config: Config,
+    *,
+    retry: bool = False,
+    check_inputs: bool = False,
+    console: Console | None = None,
 ) -> Summary:
     """Transcribe what is missing of `inputs` into `output_uri` and bring its tables up to date.
 
-    `retry` redoes the failed Units instead, of `inputs` or (without any) of all failed recordings. Raises the
+    `retry` redoes the failed Units instead, of `inputs` or (without any) of all failed recordings. `check_inputs` does
+    again what was done from other bytes than lie there now (`changes`). Raises the
     `MurmurError` that ends the run; a recording's own failure is a row, and counts in `exit_code`.
     """
     console, began = console or Console(stderr=True), time.monotonic()
@@ -73,6 +80,7 @@ def run(
             ledger = Ledger.read(output.store, output.run.n_shards)
             if not retry:
                 write_inputs(output.store, listed.recordings())
+                changes.settle(listed, ledger, check=check_inputs)
             left = todo.failed(listed if inputs else None, ledger) if retry else todo.missing(listed, ledger)
             round = ledger.next_round() if retry else ledger.round
             journal.note(inputs=len(listed), to_do=len(left))
@@ -295,7 +303,7 @@ def resolve_dtype(uri: str, config: Config, cluster: Cluster) -> str:
     return "bfloat16" if all(cluster.ask_nodes(has_bfloat16)) else "float32"
 
 
-def estimate(inputs: Sequence[str], output_uri: str, config: Config) -> todo.Estimate:
+def estimate(inputs: Sequence[str], output_uri: str, config: Config, *, check_inputs: bool = False) -> todo.Estimate:
     """What a run would have to do: `--dry-run`. Writes nothing, starts nothing, refuses what the run would refuse."""
     listed = todo.Listing(read_inputs(inputs))
     weights, revision = identify(config)
@@ -305,7 +313,9 @@ def estimate(inputs: Sequence[str], output_uri: str, config: Config) -> todo.Est
         return todo.missing(listed, None).estimate
     dtype = output.run.keys["dtype"] if config.dtype == "auto" else config.dtype
     refuse_mismatch(output.store, output.run, _keys(config, dtype, weights, revision))
-    return todo.missing(listed, Ledger.read(output.store, output.run.n_shards)).estimate
+    ledger = Ledger.read(output.store, output.run.n_shards)
+    changes.settle(listed, ledger, check=check_inputs, dry_run=True)
+    return todo.missing(listed, ledger).estimate
 
 
 def finalize_output(output_uri: str, config: Config) -> Success:

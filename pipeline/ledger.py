@@ -176,10 +176,15 @@ class Ledger:
         """The ledger objects that the winners take account of."""
         return frozenset(self._read)
 
-    def read_again(self, ids: Collection[str]) -> None:
-        """Nothing that was committed of these recordings counts any more: their audio was replaced."""
-        void(self.store, "other audio", recordings=dict.fromkeys(ids, self.next_round()))
-        self.refresh()
+    def read_again(self, ids: Collection[str], *, dry_run: bool = False) -> None:
+        """Nothing that was committed of these recordings counts any more: other audio lies there now. With `dry_run`
+        only this ledger takes it so."""
+        recordings = dict.fromkeys(ids, self.next_round())
+        if dry_run:
+            self.winners = Void(recordings=recordings).without(self.winners)
+        else:
+            void(self.store, "other audio", recordings=recordings)
+            self.refresh()
 
     def recordings(self) -> pa.Table:
         """One row of `RECORDINGS` for each recording that was begun, sorted by id."""

@@ -340,14 +340,31 @@ def _found(place: _Place, uri: str, info: Mapping[str, Any]) -> Recording:
         uri.encode()
     except UnicodeEncodeError:
         raise ManifestError(f"{place.name}: the file name {_short(uri)} is not UTF-8; rename it") from None
+    size, etag = _identity(info)
+    return Recording(id=default_id(uri), uri=uri, source=place.name, size=size, etag=etag)
+
+
+def identity(uri: str) -> tuple[int | None, str | None]:
+    """Size and etag of what lies at `uri`; None where they cannot be had, whatever the reason: reading it will tell.
+
+    HTTP servers are not asked: many answer slowly, or with another etag each time.
+    """
+    if _is_http(uri):
+        return None, None
+    try:
+        fs, path = filesystem(uri)
+        fs.invalidate_cache(fs._parent(path))
+        return _identity(fs.info(path))
+    except Exception:  # every store's library has exceptions of its own
+        return None, None
+
+
+def _identity(info: Mapping[str, Any]) -> tuple[int | None, str | None]:
+    """Of a listing's entry. A disk has no etags: there it is the time of the last change."""
     etag = info.get("ETag") or info.get("etag")
-    return Recording(
-        id=default_id(uri),
-        uri=uri,
-        source=place.name,
-        size=info.get("size"),
-        etag=str(etag).strip('"') if etag else None,
-    )
+    if not etag and isinstance(info.get("mtime"), float):
+        etag = f"{info['mtime']:.6f}"
+    return info.get("size"), str(etag).strip('"') if etag else None
 
 
 # ---- manifests

@@ -41,7 +41,7 @@ from pipeline.errors import (
     WorkerCrashError,
     failure_of,
 )
-from pipeline.manifest import store_of
+from pipeline.manifest import identity, store_of
 from pipeline.metrics import Meters, Metric, Record
 from pipeline.progress import News
 from pipeline.schema import UNITS, to_table, unit_row
@@ -89,7 +89,7 @@ def decode(
         items = source.read(**place)
         block = _Block(census, items[0].recording.id, is_final) if census is not None else None
         for item in items:
-            units = _still_to_do(_read(item.recording, config, faults), item.done, item.gap_start)
+            units = _still_to_do(_read(_identified(item.recording), config, faults), item.done, item.gap_start)
             watched = units if block is None else block.watched(item.recording, units)
             with logs.about(item.recording.id):
                 for unit, spent in clocked(watched):
@@ -152,6 +152,14 @@ def _still_to_do(
         elif isinstance(item, UnitResult) and gap_start is not None:
             gap = next(i for i in range(len(done) + 1) if i not in done)
             yield dataclasses.replace(item, index=gap, start=gap_start)
+
+
+def _identified(recording: Recording) -> Recording:
+    """With size and etag, where no listing told: the ledger notes them, so that other bytes are found out later."""
+    if recording.size is not None or recording.etag is not None:
+        return recording
+    size, etag = identity(recording.uri)
+    return dataclasses.replace(recording, size=size, etag=etag)
 
 
 def _read(recording: Recording, config: Config, faults: Faults | None) -> Iterator[Unit | UnitResult]:

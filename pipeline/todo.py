@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import tempfile
 import uuid
 import weakref
@@ -37,8 +36,6 @@ from pipeline.pieces import portions, read_rows
 from pipeline.schema import RECORDING
 from pipeline.store import Store
 from pipeline.types import SAMPLE_RATE, Recording
-
-log = logging.getLogger(__name__)
 
 MAX_ROWS, MAX_S = 32, 600  # of one block
 MAX_TASKS = (
@@ -214,20 +211,14 @@ def missing(listed: Listing, ledger: Ledger | None) -> Todo:
         return Todo(listed.tables(), len(listed))
     known = ledger.recordings()
     begun = _units_done(ledger, _of_status(known, "partial"))
-    changed = 0
 
     def left() -> Iterator[pa.Table]:
-        nonlocal changed
         for table in listed.tables():
             was = known.take(pc.index_in(table["id"], known["recording_id"]))
-            changed += _n_changed(table, was)
             is_open = pc.fill_null(pc.equal(was["status"], "partial"), True)
             yield _with_done(table.filter(is_open), begun)
 
-    todo = Todo(left(), len(listed))
-    if changed:
-        log.warning("%d recordings have other bytes now than when they were read; they are not read again", changed)
-    return todo
+    return Todo(left(), len(listed))
 
 
 def failed(listed: Listing | None, ledger: Ledger) -> Todo:
@@ -254,12 +245,6 @@ def _open(table: pa.Table, ledger: Ledger, round: int) -> pa.Table:
 
 def _of_status(recordings: pa.Table, status: str) -> pa.ChunkedArray:
     return recordings.filter(pc.equal(recordings["status"], status))["recording_id"]
-
-
-def _n_changed(table: pa.Table, was: pa.Table) -> int:
-    """How many recordings have other bytes now than when they were done, as far as listings tell."""
-    differs = [pc.fill_null(pc.not_equal(table[name], was[name]), False) for name in ("size", "etag")]
-    return pc.sum(pc.or_(*differs)).as_py() or 0
 
 
 def _units_done(ledger: Ledger, ids: pa.ChunkedArray, round: int = 0) -> pa.Table:

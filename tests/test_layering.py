@@ -22,6 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "pipeline.stitch", "pipeline.formats", "pipeline.scoring", "pipeline.schema", "pipeline.store",
         "pipeline.pools", "pipeline.census", "pipeline.todo", "pipeline.output",
         "pipeline.ledger", "pipeline.lease", "pipeline.silero", "pipeline.entries", "pipeline.pieces", "pipeline.void",
+        "pipeline.changes",
         "pipeline.journal",
     ),
     ("pipeline.engine",),
