@@ -68,7 +68,7 @@ METRICS = {
         Metric(
             "murmur_retries_total",
             "counter",
-            "Recordings taken up again within this run: their source failed, or their engine died.",
+            "Tries beyond the first: of a source or a decoder, and of recordings that were put off and taken up again.",
             {"stage": ("decode", "engine")},
         ),
         Metric(

@@ -250,6 +250,8 @@ class EngineStage:
                 result = failed_unit(unit, failure_of(error, "engine"))
             if result.failure is None:
                 self._gauges.transcribed(unit)
+            else:
+                log.warning("Unit %d: %s: %s", unit.index, result.failure.kind, result.failure.message)
             engine_s = time.monotonic() - began
             meters().spent(Spent(engine_s=engine_s))
             return dataclasses.replace(result, spent=dataclasses.replace(unit.spent or Spent(), engine_s=engine_s))
@@ -360,9 +362,14 @@ def _instrument(metric: Metric) -> Record:
 
 
 def count_decoded(item: Unit | UnitResult, spent: Spent) -> None:
-    """In a decode task, for each Unit that leaves it."""
+    """In a decode task, for each Unit that leaves it; a file that failed is in the worker's log with its reason."""
     meters().record("murmur_audio_seconds_total", seconds(item.n_samples), stage="decoded")
     meters().spent(spent)
+    failure = item.failure if isinstance(item, UnitResult) else None
+    if item.is_last:
+        count_retries((failure.attempts if failure else item.attempts) - 1, "decode")
+    if failure is not None:
+        log.warning("%s: %s", failure.kind, failure.message)
 
 
 def count_commit(units: int, took_s: float) -> None:
@@ -379,9 +386,9 @@ def count_ended(news: News) -> None:
         meters().record("murmur_failures_total", 1, kind=failed["kind"], stage=failed["stage"] or "other")
 
 
-def count_retries(recordings: int, stage: str) -> None:
-    """In the driver, for what is taken up again."""
-    meters().record("murmur_retries_total", recordings, stage=stage)
+def count_retries(tries: int, stage: str) -> None:
+    """In the driver, for recordings taken up again; in a decode task, for sources and decoders tried again."""
+    meters().record("murmur_retries_total", tries, stage=stage)
 
 
 class Gauges:
