@@ -1,11 +1,13 @@
 """Every kind of INPUT on any fsspec store → Recordings, streamed, each id once.
 
-An INPUT is a manifest (`.jsonl`, `.csv`, `.parquet`), a folder, a glob, or an audio file. A manifest's line names
-its audio under `audio_filepath` (or `uri`, `path`, `audio`), relative to the manifest's own folder; `id`, `duration`,
-`offset`, `text`, `language`, `task` and `initial_prompt` are known, and every other key travels in `metadata`.
+An INPUT is a manifest (`.jsonl`, `.csv`, `.parquet`), a folder, a glob, a tar shard, or an audio file. A manifest's
+line names its audio under `audio_filepath` (or `uri`, `path`, `audio`), relative to the manifest's own folder; `id`,
+`duration`, `offset`, `text`, `language`, `task` and `initial_prompt` are known, and every other key travels in
+`metadata`. A Parquet file may hold the audio itself (`pipeline.cells`), a tar shard does (`pipeline.tars`).
 
 A local file's uri is its absolute path, whether it was named relatively, absolutely or as `file://`; every other uri
-is kept as it was given. The default id is the uri without secrets. This module opens no audio: a row that names
+is kept as it was given. The default id is the uri without secrets; of a shard's member `SHARD/MEMBER`, of audio
+inside Parquet the path beside it, else `FILE#ROW`. This module opens no audio: a row that names
 a file which is not there costs that recording only, later.
 """
 
@@ -24,16 +26,18 @@ import posixpath
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import fsspec
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 
+from pipeline import tars
 from pipeline.errors import AudioError, ForbiddenError, ManifestError, NotFoundError, SourceError, redact
+from pipeline.tars import is_tar
 from pipeline.types import Recording, Task, samples
 
 logger = logging.getLogger(__name__)
@@ -44,11 +48,12 @@ AUDIO_EXTENSIONS = frozenset(
     " .mkv .mov .mp2 .mp3 .mp4 .mpeg .mpg .mts .mxf .oga .ogg .ogv .opus .ra .rm .snd .spx .sph .tak .ts .tta .vob .voc"
     " .w64 .wav .wave .webm .wma .wmv .wv".split()
 )
-_TARS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _NO_AUDIO = frozenset(".arrow .bz2 .gz .json .md .ndjson .tsv .txt .xlsx .xz .yaml .yml .zip .zst".split())
 
 AUDIO_KEYS = ("audio_filepath", "uri", "path", "audio")
-_KEYS = {*AUDIO_KEYS, "id", "duration", "offset", "text", "language", "task", "initial_prompt"}
+_BESIDE_KEYS = {"id", "duration", "text", "language", "task", "initial_prompt"}  # known also where audio is at hand
+_KEYS = {*AUDIO_KEYS, *_BESIDE_KEYS, "offset"}
+_HEADERS_AHEAD = 256 << 10  # bytes read at a time in looking through a shard
 _MAX_LINE = 64 << 20  # bytes; a longer one is no line of a manifest but another kind of file
 _MAX_SECONDS = 1e9  # 31 years: no offset or duration of a recording
 
@@ -97,8 +102,8 @@ def _refuse_twice(suspects: Iterable[Recording]) -> None:
 
 # ---- addresses and stores
 
-# Azure names the container before the @ of a host; elsewhere a user and a password stand there.
-_USER = re.compile(r"(?!(?:abfss?|adl|az|wasbs?):)([a-z][a-z0-9+.-]*://)[^/?#]*@", re.IGNORECASE)
+# Azure names the container before the @ of a host, an archive's member may have one; elsewhere it is a user's.
+_USER = re.compile(r"(?!(?:abfss?|adl|az|wasbs?|tar|zip):)([a-z][a-z0-9+.-]*://)[^/?#]*@", re.IGNORECASE)
 _SIGNING = re.compile(
     r"x-(amz|goog|oss|cos|ms)-.*|awsaccesskeyid|googleaccessid|ossaccesskeyid|signature|expires|policy|key-pair-id"
     r"|sig|.*token|api_?key|hdn(ea|ts|tl)|q-(sign|ak|key|header|url|signature).*",
@@ -255,8 +260,6 @@ def _refusals(name: str) -> Iterator[None]:
 
 def _read_input(text: str) -> Iterator[Recording]:
     name = public_uri(text)
-    if text.lower().endswith(_TARS):
-        raise ManifestError(f"{name}: tar shards are not supported yet")
     with _refusals(text):
         place = _Place(name, text, *filesystem(text))
         if _is_pattern(place):
@@ -277,10 +280,12 @@ def _read_one(place: _Place) -> Iterator[Recording]:
     suffix = _suffix(place.uri)
     if info["type"] == "directory" or (_is_http(place.uri) and place.uri.endswith("/")):
         yield from _read_folder(place)
-    elif suffix in _READERS:
+    elif suffix in _MANIFESTS:
         yield from _read_manifest(place)
+    elif is_tar(place.path):
+        yield from _read_tar(place)
     elif suffix in _NO_AUDIO:
-        raise ManifestError(f"{place.name}: neither a manifest (.jsonl, .csv, .parquet) nor an audio file")
+        raise ManifestError(f"{place.name}: neither a manifest (.jsonl, .csv, .parquet), a tar nor an audio file")
     else:
         yield _found(place, place.path if place.is_local else place.uri, info)
 
@@ -290,13 +295,13 @@ def _read_folder(place: _Place) -> Iterator[Recording]:
 
 
 def _read_glob(place: _Place) -> Iterator[Recording]:
-    """The audio files and manifests that match."""
+    """The audio files, tar shards and manifests that match."""
     place.fs.invalidate_cache()
     found = place.fs.glob(place.path, detail=True)
     if not found:
         raise ManifestError(f"{place.name}: nothing matches")
     root = posixpath.dirname(re.split(r"[*?[]", place.path, maxsplit=1)[0])
-    yield from _listed(place, found, root, AUDIO_EXTENSIONS | _READERS.keys())
+    yield from _listed(place, found, root, AUDIO_EXTENSIONS | _MANIFESTS)
 
 
 def _listed(
@@ -318,8 +323,9 @@ def _listed(
         logger.warning("%s: %d files taken, %d others left out (%s)", place.name, len(chosen), others.total(), counts)
     for path in chosen:
         uri = place.child(path)
-        if _suffix(path) in _READERS:
-            yield from _read_manifest(_Place(public_uri(uri), uri, place.fs, path))
+        if is_tar(path) or _suffix(path) in _MANIFESTS:
+            inner = _Place(public_uri(uri), uri, place.fs, path)
+            yield from _read_tar(inner) if is_tar(path) else _read_manifest(inner)
         else:
             yield _found(place, uri, found[path])
 
@@ -332,7 +338,7 @@ def _left_out(fs: Any, path: str, info: Mapping[str, Any], root: str, wanted: fr
         return "link to a folder" if fs.isdir(path) else "broken link"
     if "/." in path.removeprefix(root):
         return "hidden"
-    return None if _suffix(path) in wanted else _suffix(path) or "without extension"
+    return None if is_tar(path) or _suffix(path) in wanted else _suffix(path) or "without extension"
 
 
 def _found(place: _Place, uri: str, info: Mapping[str, Any]) -> Recording:
@@ -367,19 +373,82 @@ def _identity(info: Mapping[str, Any]) -> tuple[int | None, str | None]:
     return info.get("size"), str(etag).strip('"') if etag else None
 
 
+# ---- tar shards
+
+
+def _read_tar(place: _Place) -> Iterator[Recording]:
+    """The audio in a shard, with what the files beside it say; what else lies there is counted and said."""
+    n_found = 0
+    with place.fs.open(place.path, "rb", block_size=_HEADERS_AHEAD) as file:
+        listing = tars.Listing(file, place.path, AUDIO_EXTENSIONS)
+        try:
+            for audio, beside in listing.samples():
+                row = _row_beside(beside, place.name)
+                n_found += len(audio)
+                yield from (_in_tar(place, member, row) for member in audio)
+        except tars.DamagedTarError as error:
+            raise ManifestError(f"{place.name}: {error}") from None
+    counts = ", ".join(f"{count} {reason}" for reason, count in sorted(listing.left_out.items()))
+    if not n_found:
+        raise ManifestError(f"{place.name}: no audio files" + (f", only others ({counts})" if counts else ""))
+    if counts:
+        others = listing.left_out.total()
+        logger.warning("%s: %d files taken, %d others left out (%s)", place.name, n_found, others, counts)
+
+
+def _row_beside(beside: Mapping[str, tars.Member], shard: str) -> dict[str, Any]:
+    """What a shard says of an audio file, as a manifest's row: its `.json`, else its `.txt` is the text; its `.cls`."""
+    row: dict[str, Any] = {}
+    for suffix, member in beside.items():
+        where = f"{shard}/{member.name}"
+        try:
+            text = (member.data or b"").removeprefix(codecs.BOM_UTF8).decode()
+        except UnicodeDecodeError:
+            raise ManifestError(f"{where}: not UTF-8") from None
+        said = _json_object(text, where) if suffix == ".json" else {"text" if suffix == ".txt" else "cls": text.strip()}
+        row = row | said if suffix == ".json" else said | row
+    return row
+
+
+def _in_tar(place: _Place, member: tars.Member, row: Mapping[str, Any]) -> Recording:
+    shard = place.path if place.is_local else place.uri
+    where = f"{place.name}:{member.number} ({_short(member.name)})"
+    try:
+        member.name.encode()
+        recording = _recording(
+            row,
+            str(tars.Address(shard, member.name, (member.offset, member.size))),
+            where,
+            default=f"{default_id(shard)}/{member.name}",
+            known=_BESIDE_KEYS,
+        )
+    except UnicodeEncodeError:
+        raise ManifestError(f"{where}: its name is not UTF-8") from None
+    except ValueError as error:
+        raise ManifestError(f"{where}: {error}") from None
+    return replace(recording, size=member.size)
+
+
 # ---- manifests
 
 
 def _read_manifest(place: _Place) -> Iterator[Recording]:
-    base = posixpath.dirname(place.path) if place.is_local else _folder_of(place.uri)
+    base = posixpath.dirname(place.path) if place.is_local else folder_of(place.uri)
     with place.fs.open(place.path, "rb") as file:
-        for line, row in _READERS[_suffix(place.uri)](file, place.name):
-            where = f"{place.name}:{line}"
-            try:
-                recording = _recording(row, base, where)
-            except ValueError as error:
-                raise ManifestError(f"{where}: {error}") from None
-            yield recording
+        if _suffix(place.uri) == ".parquet":
+            yield from _read_parquet(file, place, base)
+        else:
+            for line, row in _READERS[_suffix(place.uri)](file, place.name):
+                yield _listed_in(row, base, f"{place.name}:{line}")
+
+
+def _listed_in(row: Mapping[str, Any], base: str, where: str) -> Recording:
+    """The Recording of a line that names its audio."""
+    try:
+        uri = resolve(_audio_of(row), base)
+        return _recording(row, uri, where, default=default_id(uri), known=_KEYS)
+    except ValueError as error:
+        raise ManifestError(f"{where}: {error}") from None
 
 
 def _lines(file: Any, name: str) -> Iterator[tuple[int, str]]:
@@ -401,16 +470,19 @@ def _jsonl_rows(file: Any, name: str) -> Iterator[Row]:
     for line, text in _lines(file, name):
         if not text.strip():
             continue
-        try:
-            row = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
-            if "\\u" in text:  # may spell half a surrogate pair, which no table can hold
-                json.dumps(row, ensure_ascii=False).encode()
-        except (ValueError, RecursionError) as error:
-            cut = "" if text.endswith("\n") else "; is the file cut off?"
-            raise ManifestError(f"{name}:{line}: not JSON ({error}){cut}") from None
-        if not isinstance(row, dict):
-            raise ManifestError(f"{name}:{line}: a JSON object was expected, not {_short(row)}")
-        yield line, row
+        yield line, _json_object(text, f"{name}:{line}", cut="" if text.endswith("\n") else "; is the file cut off?")
+
+
+def _json_object(text: str, where: str, cut: str = "") -> dict[str, Any]:
+    try:
+        row = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        if "\\u" in text:  # may spell half a surrogate pair, which no table can hold
+            json.dumps(row, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{where}: not JSON ({error}){cut}") from None
+    if not isinstance(row, dict):
+        raise ManifestError(f"{where}: a JSON object was expected, not {_short(row)}")
+    return row
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -457,43 +529,82 @@ def _csv_header(cells: list[str], where: str) -> list[str]:
     return header
 
 
-def _parquet_rows(file: Any, name: str) -> Iterator[Row]:
+def _read_parquet(file: Any, place: _Place, base: str) -> Iterator[Recording]:
+    """The rows of a Parquet file: they name their audio, or hold it."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from pipeline import cells
+
     try:
         table = pq.ParquetFile(file)
-        for column in table.schema_arrow:
-            if column.name in AUDIO_KEYS and pa.types.is_struct(column.type):
-                raise ManifestError(f"{name}: audio inside Parquet (column {column.name!r}) is not supported yet")
-        numbers = [column.name for column in table.schema_arrow if pa.types.is_floating(column.type)]
-        rows = (row for batch in table.iter_batches(1024) for row in batch.to_pylist())
-        for line, row in enumerate(rows, 1):
-            for key in numbers:
-                if row[key] != row[key]:  # the NaN that pandas and others write for a missing number
-                    row[key] = None
-            yield line, row
+        audio = cells.audio_column(table.schema_arrow, AUDIO_KEYS)
+        if audio is None:
+            for line, row in _parquet_rows(table, range(table.num_row_groups)):
+                yield _listed_in(row, base, f"{place.name}:{line}")
+        else:
+            yield from _read_cells(table, place, base, audio)
     except pa.ArrowException as error:
-        raise ManifestError(f"{name}: not Parquet ({str(error).splitlines()[0]})") from None
+        raise ManifestError(f"{place.name}: not Parquet ({str(error).splitlines()[0]})") from None
+    except ValueError as error:
+        raise ManifestError(f"{place.name}: {error}") from None
 
 
-_READERS: dict[str, Callable[[Any, str], Iterator[Row]]] = {
-    ".jsonl": _jsonl_rows,
-    ".csv": _csv_rows,
-    ".parquet": _parquet_rows,
-}
+def _read_cells(table: Any, place: _Place, base: str, audio: Any) -> Iterator[Recording]:
+    """The rows of a Parquet file with audio in it, read without that."""
+    from pipeline import cells
+
+    columns = cells.without_bytes(table.schema_arrow, audio)
+    file = place.path if place.is_local else place.uri
+    line = 0
+    for group in range(table.num_row_groups):
+        is_inside = cells.has_bytes(table, group, audio)
+        for line, row in _parquet_rows(table, [group], columns, after=line):  # noqa: B020 - goes on counting
+            where = f"{place.name}:{line}"
+            path = (row.pop(audio.name, None) or {}).get("path")
+            if is_inside:
+                yield _in_cell(row, cells.Address(file, audio.name, line), path, where)
+            else:
+                yield _listed_in({key: row[key] for key in row if key not in AUDIO_KEYS} | {"path": path}, base, where)
+
+
+def _in_cell(row: Mapping[str, Any], address: Any, path: str | None, where: str) -> Recording:
+    try:
+        default = path or f"{default_id(address.file)}#{address.row}"
+        return _recording(row, str(address), where, default=default, known=_BESIDE_KEYS | {"offset"})
+    except ValueError as error:
+        raise ManifestError(f"{where}: {error}") from None
+
+
+def _parquet_rows(table: Any, groups: Sequence[int], columns: list[str] | None = None, after: int = 0) -> Iterator[Row]:
+    import pyarrow as pa
+
+    numbers = [column.name for column in table.schema_arrow if pa.types.is_floating(column.type)]
+    batches = table.iter_batches(1024, row_groups=groups, columns=columns)
+    for line, row in enumerate((row for batch in batches for row in batch.to_pylist()), after + 1):
+        for key in numbers:
+            if row[key] != row[key]:  # the NaN that pandas and others write for a missing number
+                row[key] = None
+        yield line, row
+
+
+_READERS: dict[str, Callable[[Any, str], Iterator[Row]]] = {".jsonl": _jsonl_rows, ".csv": _csv_rows}
+_MANIFESTS = {*_READERS, ".parquet"}
 
 
 # ---- one line
 
 
-def _recording(row: Mapping[str, Any], base: str, where: str) -> Recording:
-    """The Recording of one line. Raises `ValueError`, its text saying what is wrong with the line."""
-    uri = _resolve(_audio_of(row), base)
-    duration, offset = _seconds(row, "duration"), _seconds(row, "offset")
+def _recording(row: Mapping[str, Any], uri: str, where: str, *, default: str, known: Collection[str]) -> Recording:
+    """The Recording of one line, its audio at `uri`; keys that are not `known` travel as metadata.
+
+    Raises `ValueError`, its text saying what is wrong with the line.
+    """
+    duration = _seconds(row, "duration")
+    offset = _seconds(row, "offset") if "offset" in known else None
     is_slice = offset is not None
     return Recording(
-        id=_id(row) or default_id(uri),
+        id=_id(row) or default,
         uri=uri,
         source=where,
         duration_s=duration,
@@ -503,7 +614,7 @@ def _recording(row: Mapping[str, Any], base: str, where: str) -> Recording:
         language=_language(row),
         task=_task(row),
         initial_prompt=_text(row, "initial_prompt"),
-        metadata=_metadata(row),
+        metadata=_metadata(row, known),
     )
 
 
@@ -562,8 +673,8 @@ def _task(row: Mapping[str, Any]) -> Task | None:
     raise ValueError(f"task: transcribe or translate was expected, not {_short(task)}")
 
 
-def _metadata(row: Mapping[str, Any]) -> str | None:
-    rest = {key: value for key, value in row.items() if key not in _KEYS}
+def _metadata(row: Mapping[str, Any], known: Collection[str]) -> str | None:
+    rest = {key: value for key, value in row.items() if key not in known}
     return _JSON.encode(rest) if rest else None
 
 
@@ -577,7 +688,7 @@ def _plain(value: Any) -> str:
 _JSON = json.JSONEncoder(sort_keys=True, ensure_ascii=False, allow_nan=False, default=_plain)
 
 
-def _resolve(value: str, base: str) -> str:
+def resolve(value: str, base: str) -> str:
     """The uri that a line's `value` means, in a manifest that lies in the folder `base`."""
     scheme, mark, path = value.partition("://")
     if mark:
@@ -593,10 +704,10 @@ def _resolve(value: str, base: str) -> str:
 
 @functools.cache
 def _protocols() -> frozenset[str]:
-    return frozenset(fsspec.available_protocols())
+    return frozenset([*fsspec.available_protocols(), "parquet"])
 
 
-def _folder_of(uri: str) -> str:
+def folder_of(uri: str) -> str:
     """s3://b/m/a.jsonl → s3://b/m; the query of an address, a signature usually, is the manifest's alone."""
     first, *outer = uri.split("::")
     first = first.partition("?")[0] if _is_http(first) else first

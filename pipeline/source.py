@@ -9,6 +9,9 @@ that a small file is one request; the range after the one in use is fetched mean
 - A range of n bytes must come within 15 s + n / 64 KiB/s, or the source is given up (`SourceTimeoutError`): a slower
   one would hold up a decoder that others could use.
 - What can only be read from its start is first copied to a temporary file, from its start again if it breaks off.
+- A member of a tar shard is a part of that, read in ranges like any file; the shard is looked through first where the
+  address does not say where it lies. One that is packed is unpacked into a temporary file, once for its neighbours.
+- Audio inside Parquet is fetched a few rows at a time, on from the last row that was read.
 
 Knows nothing of sound.
 """
@@ -17,22 +20,34 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import os
+import posixpath
 import re
 import tempfile
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from fsspec.asyn import AsyncFileSystem
 from tenacity import AsyncRetrying, RetryCallState, Retrying, retry_if_exception, stop_after_attempt
 from tenacity.wait import wait_exponential, wait_random
 
-from pipeline.errors import AudioError, ForbiddenError, NotFoundError, SourceError, SourceTimeoutError
-from pipeline.manifest import filesystem, http_status, public_uri, source_error
+from pipeline import cells, tars
+from pipeline.errors import (
+    AudioError,
+    DamagedAudioError,
+    ForbiddenError,
+    NotFoundError,
+    SourceError,
+    SourceTimeoutError,
+)
+from pipeline.manifest import filesystem, folder_of, http_status, public_uri, resolve, source_error
 from pipeline.stopwatch import spending
 
 FIRST = 1 << 20  # bytes of the first range: all of a small file
@@ -53,6 +68,15 @@ _T = TypeVar("_T")
 Fetch = Callable[[int, int], Awaitable[tuple[bytes, int | None]]]
 
 
+class _Bytes(Protocol):
+    """A file, a part of one, or what lies in one."""
+
+    @property
+    def size(self) -> int: ...
+    def read_at(self, offset: int, size: int) -> bytes: ...
+    def close(self) -> None: ...
+
+
 class Source:
     """One file; for one thread at a time. Every method raises an `AudioError` where the store refuses."""
 
@@ -60,8 +84,7 @@ class Source:
         self._tries = _Tries()
         self._uri = uri
         try:
-            fs, path = filesystem(uri)
-            self._bytes = _open(fs, path, self._tries)
+            self._bytes = _open(uri, self._tries)
         except Exception as error:  # every store's library has exceptions of its own
             raise self._refusal(error) from None
 
@@ -94,50 +117,72 @@ class Source:
             refusal = SourceTimeoutError(f"{name}: the server does not answer")
         elif isinstance(error, _EndlessError):
             refusal = SourceError(f"{name}: {error}")
+        elif isinstance(error, (tars.DamagedTarError, cells.DamagedCellsError)):
+            refusal = DamagedAudioError(f"{name}: {error}")
         refusal.attempts = self._tries.most
         return refusal
 
 
-def _open(fs: Any, path: str, tries: _Tries) -> _File | _Ranges:
+def _open(uri: str, tries: _Tries) -> _Bytes:
+    if member := tars.parse(uri):
+        return _open_member(member, tries)
+    if cell := cells.parse(uri):
+        return _open_cell(cell, tries)
+    return _open_part(uri, tries)
+
+
+def _open_part(uri: str, tries: _Tries, part: tuple[int, int] | None = None) -> _File | _Ranges:
+    """The file, or the `part` of it that begins at this byte and has this many."""
+    fs, path = filesystem(uri)
     if isinstance(fs, AsyncFileSystem) and not fs.asynchronous:
         try:
-            return _Ranges(_asked_once(fs), path, tries)
+            return _Ranges(_asked_once(fs), path, tries, part)
         except _NoRangesError:
-            return tries.sync(lambda: _File(_spooled(fs.open(path, "rb", block_size=0)), tries))
+            return tries.sync(lambda: _File(_spooled(fs.open(path, "rb", block_size=0)), tries, part))
     if "file" in fs.protocol:
-        return _File(_seekable(fs.open(path, "rb")), tries)
-    return tries.sync(lambda: _File(_seekable(fs.open(path, "rb", block_size=RANGE, cache_type="readahead")), tries))
+        return _File(_seekable(fs.open(path, "rb")), tries, part)
+    return tries.sync(
+        lambda: _File(_seekable(fs.open(path, "rb", block_size=RANGE, cache_type="readahead")), tries, part)
+    )
 
 
 class _File:
-    """A file that lies here, or whose library reads ahead by itself."""
+    """A file that lies here, or whose library reads ahead by itself; or a part of one."""
 
-    def __init__(self, file: Any, tries: _Tries) -> None:
+    def __init__(self, file: Any, tries: _Tries, part: tuple[int, int] | None = None) -> None:
         self._file, self._tries = file, tries
-        self.size = int(file.seek(0, 2))
+        n_bytes = int(file.seek(0, 2))
+        self._start, size = part or (0, n_bytes)
+        self.size = max(0, min(size, n_bytes - self._start))
 
     def read_at(self, offset: int, size: int) -> bytes:
-        return self._tries.sync(lambda: self._read_at(offset, size))
+        return self._tries.sync(lambda: self._read_at(offset, min(size, self.size - offset)))
 
     def close(self) -> None:
         self._file.close()
 
     def _read_at(self, offset: int, size: int) -> bytes:
-        self._file.seek(offset)
+        if size <= 0:
+            return b""
+        self._file.seek(self._start + offset)
         return bytes(self._file.read(size))
 
 
 class _Ranges:
-    """A file on a store that is asked for ranges; the next one is on its way while one is used."""
+    """A file on a store, or a part of one, that is asked for ranges; the next is on its way while one is used."""
 
-    def __init__(self, fs: Any, path: str, tries: _Tries) -> None:
+    def __init__(self, fs: Any, path: str, tries: _Tries, part: tuple[int, int] | None = None) -> None:
         self._fs, self._path, self._tries = fs, path, tries
         self._fetch: Fetch = self._over_http if "http" in fs.protocol else self._by_library
         self._kept: OrderedDict[int, bytes] = OrderedDict()  # number of a range → its bytes, last used last
         self._ahead: tuple[int, Future[bytes]] | None = None
-        self.size = -1
-        head, size = self._wait(self._tries.asynchronous(lambda: self._in_time(0, FIRST)))
+        self.size: int = -1
+        self._start, size = part or (0, None)
+        first = FIRST if size is None else min(FIRST, size)
+        head, whole = self._wait(self._tries.asynchronous(lambda: self._in_time(0, first)))
+        head = head[:first]  # a server may answer with all there is
         self._keep(0, head)
+        size = whole if part is None else size if len(head) == first else len(head)
         if size is None and len(head) == FIRST:
             size = self._wait(self._tries.asynchronous(lambda: self._fs._info(self._path)))["size"]
         self.size = len(head) if size is None else size
@@ -216,7 +261,7 @@ class _Ranges:
         limit_s = PATIENCE_S + (stop - start) / SLOWEST
         try:
             async with asyncio.timeout(limit_s) as timeout:
-                return await self._fetch(start, stop)
+                return await self._fetch(self._start + start, self._start + stop)
         except TimeoutError:
             if timeout.expired():
                 raise _TooSlowError(f"{stop - start} bytes did not come in {limit_s:.0f} s") from None
@@ -245,6 +290,114 @@ class _Ranges:
             if start == 0 and answer.content_length is not None and answer.content_length <= stop:
                 return await answer.read(), answer.content_length  # all of it
             raise _NoRangesError
+
+
+class _Memory:
+    """Bytes that are here."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self.size = data, len(data)
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        return self._data[offset : offset + size]
+
+    def close(self) -> None:
+        self._data = b""
+
+
+class _Behind:
+    """Bytes without the first few of them."""
+
+    def __init__(self, inner: _Bytes, n: int) -> None:
+        self._inner, self._n = inner, n
+        self.size = inner.size - n
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        return self._inner.read_at(offset + self._n, size)
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+# ---- inside other files
+
+
+def _open_member(member: tars.Address, tries: _Tries) -> _Bytes:
+    """A member of a tar shard, its header looked at: the shard may be another one by now."""
+    place = member.place or _places(member.shard).get(member.member)
+    if place is None:
+        raise FileNotFoundError(member.member)
+    part = place[0] - tars.BLOCK, place[1] + tars.BLOCK
+    if tars.is_packed(filesystem(member.shard)[1]):
+        found: _Bytes = _Unpacked(tries.sync(lambda: _unpack(member.shard)), part)
+    else:
+        found = _open_part(member.shard, tries, part)
+    if found.size < part[1] or not tars.is_header_of(found.read_at(0, tars.BLOCK), member.member, place[1]):
+        found.close()
+        raise FileNotFoundError(member.member)
+    return _Behind(found, tars.BLOCK)
+
+
+@functools.lru_cache(maxsize=8)
+def _places(shard: str) -> dict[str, tuple[int, int]]:
+    fs, path = filesystem(shard)
+    with fs.open(path, "rb", block_size=256 << 10) as file:
+        return tars.find(file, path)
+
+
+class _Spool:
+    """A temporary file that is there as long as anyone reads it."""
+
+    def __init__(self, file: Any) -> None:
+        self.descriptor, self.size = file.fileno(), file.tell()
+        weakref.finalize(self, file.close)
+
+
+class _Unpacked:
+    """A part of one."""
+
+    def __init__(self, spool: _Spool, part: tuple[int, int]) -> None:
+        self._spool, (self._start, size) = spool, part
+        self.size = max(0, min(size, spool.size - self._start))
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        size = min(size, self.size - offset)
+        return os.pread(self._spool.descriptor, size, self._start + offset) if size > 0 else b""
+
+    def close(self) -> None:
+        """Others may be reading it."""
+
+
+@functools.lru_cache(maxsize=2)
+def _unpack(shard: str) -> _Spool:
+    fs, path = filesystem(shard)
+    with fs.open(path, "rb", block_size=RANGE) as file:
+        try:
+            spool = _spooled(tars.unpacked(file, path))
+        except tars.DAMAGE as error:
+            raise tars.DamagedTarError(f"the shard is damaged ({error})") from None
+    spool.flush()
+    return _Spool(spool)
+
+
+def _open_cell(cell: cells.Address, tries: _Tries) -> _Bytes:
+    """The audio in a row of a Parquet file; where there is none, the file that the path beside it names."""
+    try:
+        data, path = tries.sync(lambda: _cells(cell.file, cell.column).read(cell.row))
+    except LookupError as error:
+        raise FileNotFoundError(str(error)) from None
+    if data is not None:
+        return _Memory(data)
+    if not path:
+        raise FileNotFoundError("neither bytes nor a path")
+    base = folder_of(cell.file) if "://" in cell.file else posixpath.dirname(cell.file)
+    return _open_part(resolve(path, base), tries)
+
+
+@functools.lru_cache(maxsize=2)
+def _cells(file: str, column: str) -> cells.Cells:
+    fs, path = filesystem(file)
+    return cells.Cells(fs.open(path, "rb", block_size=RANGE, cache_type="readahead"), column)
 
 
 def _number(offset: int) -> int:

@@ -47,6 +47,9 @@ _FEW = 2_048  # recordings that are objects at a time
 _MANY = 65_536  # rows of Arrow data that are looked at together, some 20 MB
 _PAGE = 512  # recordings that are packed together, some 30 KB; a block is a part of a page
 
+# Addresses of what can only be had by reading all that lies before it.
+_READ_THROUGH = r"(?i)^parquet://|^tar://.*\.(tgz|gz|bz2|xz|zst)(\?|$)"
+
 # Bytes of a second of audio, to guess a length from a size: 16 kHz int16, half of that, 96 kbit/s for the rest.
 _BYTES_PER_S = {"wav|aiff": 32_000, "flac": 16_000}
 _OTHER_BYTES_PER_S = 12_000
@@ -126,15 +129,18 @@ class Todo:
 
     def __init__(self, tables: Iterable[pa.Table], n_listed: int | None = None) -> None:
         self._spool = _Spool()
-        lengths, hinted = [np.zeros(0)], 0.0
+        lengths, neighbours = [np.zeros(0)], [np.zeros(0, np.bool_)]
+        hinted, total, unknown = 0.0, 0.0, 0
         for table in tables:
             hint, length_s = _lengths(table)
             hinted += pc.sum(hint).as_py() or 0.0
-            lengths.append(length_s.to_numpy(zero_copy_only=False))
+            total += pc.sum(length_s).as_py() or 0.0
+            unknown += length_s.null_count
+            lengths.append(pc.fill_null(length_s, 0.0).to_numpy())
+            neighbours.append(pc.match_substring_regex(table["uri"], _READ_THROUGH).to_numpy())
             self._spool.append(table)
-        self._length_s: NDArray[np.float64] = np.concatenate(lengths)  # NaN: unknown
-        total = float(np.nansum(self._length_s))
-        unknown = int(np.isnan(self._length_s).sum())
+        self._are_neighbours = np.concatenate(neighbours)
+        self._length_s = np.where(self._are_neighbours, 0.0, np.concatenate(lengths))  # 0: listed order is kept
         n_listed = len(self) if n_listed is None else n_listed
         self.estimate = Estimate(n_listed, len(self), hinted, total - hinted, unknown)
 
@@ -154,16 +160,20 @@ class Todo:
         """The items in blocks of at most `max_rows` recordings and MAX_S seconds, a longer recording alone.
 
         The longest first, those of unknown length after them in the order given. Few items make smaller blocks, so
-        that each of `tasks` decode tasks has several to take. The blocks are one object of `store`, there until the
-        body ends; whoever calls this holds the output's lease, so what else lies in its folder is a dead driver's.
+        that each of `tasks` decode tasks has several to take. What lies in one packed shard or Parquet file stays
+        together, in the order given and in larger blocks: who reads the last of it reads all of it.
+
+        The blocks are one object of `store`, there until the body ends; whoever calls this holds the output's lease,
+        so what else lies in its folder is a dead driver's.
         """
         for name in store.sizes(FOLDER):
             store.delete(f"{FOLDER}/{name}")
-        rows = max(1, min(max_rows, len(self) // (4 * tasks)))
+        share = max(1, len(self) // (4 * tasks))
+        most = np.where(self._are_neighbours & (max_rows >= MAX_ROWS), min(share, _PAGE), min(share, max_rows))
         source = Source(store, f"{FOLDER}/{uuid.uuid4().hex}", Fernet.generate_key())
         try:
             with tempfile.NamedTemporaryFile() as file:
-                places = [np.zeros((0, len(PLACE)), np.int64), *self._write(file, source, rows)]
+                places = [np.zeros((0, len(PLACE)), np.int64), *self._write(file, source, most)]
                 file.flush()
                 store.put_file(source.name, Path(file.name))
             blocks = Blocks(source, np.concatenate(places))
@@ -172,20 +182,21 @@ class Todo:
             with suppress(StoreError):  # the next pass will
                 store.delete(source.name)
 
-    def _write(self, file: Any, source: Source, rows: int) -> Iterator[NDArray[np.int64]]:
-        """Write the items page by page; the places of each page's blocks."""
+    def _write(self, file: Any, source: Source, most: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+        """Write the items page by page; the places of each page's blocks. `most`: items of a block with that one."""
         start = 0
-        for table, length_s in self._in_order():
+        for table, rows in self._in_order():
             for first in range(0, len(table), _PAGE):
                 stop = start + file.write(source.pack(table.slice(first, _PAGE)))
-                bounds = [0, *_cuts(length_s[first : first + _PAGE], rows), min(_PAGE, len(table) - first)]
+                of_page = rows[first : first + _PAGE]
+                bounds = [0, *_cuts(self._length_s[of_page], most[of_page]), len(of_page)]
                 yield np.array([(start, stop, *pair) for pair in pairwise(bounds)], np.int64)
                 start = stop
 
-    def _in_order(self) -> Iterator[tuple[pa.Table, NDArray[np.float64]]]:
-        """Some ten thousand rows at a time, sorted: each row goes to the file of its part of the whole, by its rank."""
-        length_s = np.nan_to_num(self._length_s)
-        order = np.argsort(-length_s, kind="stable")
+    def _in_order(self) -> Iterator[tuple[pa.Table, NDArray[np.intp]]]:
+        """The items sorted, with their numbers in the order given, some ten thousand at a time: each goes to the file
+        of its part of the whole first, by its rank."""
+        order = np.argsort(-self._length_s, kind="stable")
         rank = np.empty_like(order)
         rank[order] = np.arange(len(order))
         parts = [_Spool() for _ in range(0, len(order), _MANY)]
@@ -199,7 +210,7 @@ class Todo:
             sorted_rows = order[number * _MANY : (number + 1) * _MANY]
             table = pa.concat_tables(part.tables()).combine_chunks()
             # The part holds its rows as they were listed; their places in it are the ranks of their numbers.
-            yield table.take(pa.array(np.argsort(np.argsort(sorted_rows)))), length_s[sorted_rows]
+            yield table.take(pa.array(np.argsort(np.argsort(sorted_rows)))), sorted_rows
 
 
 def missing(listed: Listing, ledger: Ledger | None) -> Todo:
@@ -300,16 +311,16 @@ def _lengths(table: pa.Table) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
     hint = pc.coalesce(length, table["duration_s"])
     per_s = pa.scalar(float(_OTHER_BYTES_PER_S))
     for endings, rate in _BYTES_PER_S.items():
-        is_one = pc.match_substring_regex(table["uri"], rf"(?i)^([^?]*)\.({endings})(\?|::|$)")
+        is_one = pc.match_substring_regex(table["uri"], rf"(?i)^[^?]*\.({endings})(\?|::|$)")
         per_s = pc.if_else(is_one, float(rate), per_s)
     return hint, pc.coalesce(hint, pc.divide(pc.cast(table["size"], pa.float64()), per_s))
 
 
-def _cuts(length_s: NDArray[np.float64], rows: int) -> Iterator[int]:
+def _cuts(length_s: NDArray[np.float64], most: NDArray[np.int64]) -> Iterator[int]:
     """Where the blocks of items of these lengths end, but for the last one."""
     start, total_s = 0, 0.0
-    for at, its_s in enumerate(length_s.tolist()):
-        if at > start and (at - start == rows or total_s + its_s > MAX_S):
+    for at, (its_s, its_most) in enumerate(zip(length_s.tolist(), most.tolist(), strict=True)):
+        if at > start and (at - start >= its_most or total_s + its_s > MAX_S):
             yield at
             start, total_s = at, 0.0
         total_s += its_s

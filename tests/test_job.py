@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,40 @@ def test_the_whole_path(
     assert grown.work.recordings == 1
     assert grown.counts == {"inputs": 2, "ok": 2, "failed": 0, "skipped": 0, "missing": 0, "unlisted": 6}
     assert grown.exit_code == EXIT_OK
+
+
+@pytest.mark.ray
+def test_shards_parquet_and_a_shuffled_list_that_grew_and_shrank(
+    ray_cluster: None, run: Callable[..., report.Summary], output: str, fake_config: Callable[..., Config],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    clips = [write_wav(tmp_path / f"{i:02}.wav", tone(200 + 20 * i, 0.5)) for i in range(25)]
+    for name, mode in (("a.tar", "w"), ("b.tar.gz", "w:gz")):
+        with tarfile.open(tmp_path / name, mode) as tar:
+            for clip in clips[:3]:
+                tar.add(clip, clip.name)
+    cells = [{"bytes": clip.read_bytes(), "path": clip.stem} for clip in clips[:3]]
+    pq.write_table(pa.table({"audio": cells, "text": ["a", "b", "c"]}), tmp_path / "c.parquet")
+    manifest = tmp_path / "list.jsonl"
+
+    def transcribe_all(files: Sequence[Path]) -> report.Summary:
+        manifest.write_text("".join(json.dumps({"uri": str(file)}) + "\n" for file in files))
+        return run([manifest, tmp_path / "a.tar", tmp_path / "b.tar.gz", tmp_path / "c.parquet"], config)
+
+    config = fake_config(vad="none")
+    first = transcribe_all(clips[:15])
+    assert (first.counts["ok"], first.counts["inputs"]) == (24, 24)
+    found = {row["recording_id"]: row for row in rows(output, "recordings")}
+    ids = {f"{tmp_path}/{shard}/{clip.name}" for shard in ("a.tar", "b.tar.gz") for clip in clips[:3]}
+    assert found.keys() == ids | {"00", "01", "02"} | set(map(str, clips[:15]))
+    assert {row["duration_s"] for row in found.values()} == {0.5}
+    assert (found["01"]["uri"], found["01"]["reference"]) == (f"parquet://2/audio::{tmp_path}/c.parquet", "b")
+
+    again = transcribe_all(clips[24:9:-1] + clips[5:10])  # shuffled, ten more, five fewer
+    assert again.work is not None
+    assert again.work.recordings == 10
+    assert again.counts == {"inputs": 29, "ok": 29, "failed": 0, "skipped": 0, "missing": 0, "unlisted": 5}
+    assert len(rows(output, "recordings")) == 34
 
 
 @pytest.mark.ray

@@ -91,6 +91,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "abfss://container@account.dfs.core.windows.net/x.wav",
         ),
         ("zip://a.wav::https://u:p@h/x.zip?sig=1", "zip://a.wav::https://h/x.zip"),
+        ("tar://512+9/b@c/a.wav::https://u:p@h/x.tar?sig=1", "tar://512+9/b@c/a.wav::https://h/x.tar"),
+        ("tar://b@c.wav::s3://b/x.tar.gz", "tar://b@c.wav::s3://b/x.tar.gz"),
+        ("parquet://7/audio::https://u:p@h/x.parquet?sig=1", "parquet://7/audio::https://h/x.parquet"),
     ],
 )
 def test_public_uri(uri: str, public: str | None) -> None:
@@ -428,8 +431,6 @@ def test_bad_parquet(tmp_path: Path) -> None:
     assert refusal(path).startswith(f"{path}:2: duration: seconds")
     pq.write_table(pa.table({"uri": ["x"], "picture": [b"\xff"]}), path)
     assert refusal(path) == f"{path}:1: metadata: a column of bytes cannot travel as JSON"
-    pq.write_table(pa.table({"audio": [{"bytes": b"x", "path": "x.wav"}]}), path)
-    assert refusal(path) == f"{path}: audio inside Parquet (column 'audio') is not supported yet"
     pq.write_table(pa.table({"uri": pa.array([], pa.string())}), path)
     assert read(path) == []
     for content in (b"", b"no parquet"):
@@ -498,9 +499,8 @@ def test_files_named_outright_may_have_any_name(here: Path) -> None:
         ("empty", "empty: no audio files"),
         ("only", "only: no audio files, only others (1 .jpg, 1 .txt)"),
         ("only/*", "only/*: no audio files, only others (1 .jpg, 1 .txt, 1 folder)"),
-        ("a.tar", "a.tar: tar shards are not supported yet"),
-        ("a.tar.gz", "a.tar.gz: tar shards are not supported yet"),
-        ("only/x.txt", "only/x.txt: neither a manifest (.jsonl, .csv, .parquet) nor an audio file"),
+        ("a.tar", "a.tar: not found"),
+        ("only/x.txt", "only/x.txt: neither a manifest (.jsonl, .csv, .parquet), a tar nor an audio file"),
         ("foo://x/a.wav", "foo://x/a.wav: cannot be read (ValueError: Protocol not known: foo)"),
         ("http://127.0.0.1:1/a.jsonl?sig=secret", "http://127.0.0.1:1/a.jsonl: cannot be read (ClientConnectorError"),
     ],
