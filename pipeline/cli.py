@@ -31,10 +31,12 @@ if TYPE_CHECKING:
 
     from pipeline.engine import Engine
     from pipeline.report import Summary
+    from pipeline.submit import Command, Job
     from pipeline.types import Transcript
 
 EXIT_UNEXPECTED = 1
 DEMO_OUTPUT = "demo-out"
+SUBMITTED = ("transcribe", "retry", "finalize", "evaluate")  # what `murmur submit` takes to a cluster
 
 app = typer.Typer(
     name="murmur",
@@ -227,6 +229,47 @@ def evaluate(output: OutputArgument, as_json: Json = False, verbose: Verbose = F
     _finish(EXIT_OK, as_json, found.to_json())
 
 
+@app.command(context_settings={"allow_interspersed_args": False})
+def submit(
+    command: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="COMMAND...", help="What to run there, written as it is run here."),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Its dashboard; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, here."),
+    ] = None,
+    submission_id: Annotated[str | None, typer.Option(metavar="ID", help="The job's name.", show_default=False)] = None,
+    follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Show its log, end with its exit code.")] = True,
+    attach: Annotated[
+        str | None, typer.Option(metavar="ID", help="Follow a job that was submitted before, instead of a new one.")
+    ] = None,
+    runtime_env: Annotated[Path | None, typer.Option(metavar="FILE", help="Ray's runtime environment, YAML.")] = None,
+    working_dir: Annotated[str | None, typer.Option(metavar="DIR", help="Sent along; the job starts in it.")] = None,
+    env: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="No secrets; may be repeated.")] = None,
+    entrypoint_num_cpus: Annotated[
+        float | None,
+        typer.Option(metavar="N", help="CPUs for the driver, on any node.", show_default="none, on the head"),
+    ] = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run a command as a job of a Ray cluster: its id first, then its log, in the end its exit code."""
+    from pipeline import submit as jobs
+
+    logs.set_up(verbose=verbose)
+    if bool(command) == bool(attach):
+        raise UsageError("murmur submit needs a command to run, or --attach ID")
+    if command:
+        options = jobs.Options(submission_id, runtime_env, working_dir, tuple(env or ()), entrypoint_num_cpus)
+        job = jobs.submit(_parsed(command), options, address, warn=_say)
+    else:
+        job = jobs.attach(attach or "", address)
+    typer.echo(f"job {job.id} on {job.address}", err=as_json)
+    code = _follow(job, err=as_json) if follow else EXIT_OK
+    _finish(code, as_json, {"job": job.id, "status": job.status()})
+
+
 @bench.command("engine")
 def bench_engine(
     size: Annotated[str, typer.Option(help="Of the random weights: tiny, base, small ... large-v3-turbo.")] = "base",
@@ -278,6 +321,33 @@ def _whole_numbers(option: str, text: str) -> tuple[int, ...]:
         return tuple(int(number) for number in text.split(","))
     except ValueError:
         raise UsageError(f"{option} {text!r}: whole numbers with commas between them") from None
+
+
+def _parsed(arguments: Sequence[str]) -> Command:
+    """A command line for a cluster, refused here where it would be refused there."""
+    from pipeline.submit import Command
+
+    name, *rest = arguments
+    command = typer.main.get_command(app).commands.get(name)  # type: ignore[attr-defined]
+    if name not in SUBMITTED or command is None:
+        raise UsageError(f"murmur submit {name}: what runs on a cluster is {', '.join(SUBMITTED)}")
+    given = command.make_context(f"murmur {name}", list(rest)).params
+    if given["output"] is None:
+        raise UsageError("murmur submit transcribe needs --output: nobody would read what it prints")
+    file = given.get("config_file")
+    load_config(file, {"model": given.get("model")}, given.get("sets") or ())
+    return Command(tuple(arguments), tuple(given.get("inputs") or ()), given["output"], file)
+
+
+def _follow(job: Job, err: bool) -> int:
+    """The job's log, and its exit code. A signal ends the following, not the job."""
+    try:
+        return job.follow(lambda text: typer.echo(text, nl=False, err=err))
+    except Stopped as stopped:
+        there = f"--address {job.address}"
+        _say(f"murmur: {stopped}; the job goes on. Follow it: murmur submit --attach {job.id} {there}")
+        _say(f"stop it: ray job stop {job.id} {there}")
+        raise typer.Exit(stopped.exit_code) from None
 
 
 def _run(inputs: Sequence[str], output: str, config: Config, console: Console, **how: bool) -> Summary:
