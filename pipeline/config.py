@@ -80,6 +80,12 @@ class PoolConfig(_Frozen):
     shards: Annotated[int, Field(ge=1, le=4096)] | None = Field(None, description="result files per table")
 
 
+class ServeConfig(_Frozen):
+    """The running application that does the decoding where `engine: serve`; its cluster is `ray.address`."""
+
+    app: str = Field("murmuration", description="the application's name")
+
+
 class Config(_Frozen):
     """Every setting of a run, as in the design's table of keys."""
 
@@ -87,7 +93,9 @@ class Config(_Frozen):
     revision: str | None = Field(None, description="pins a hub model to a commit")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    engine: Literal["local", "serve", "fake"] = "local"
+    engine: Literal["local", "serve", "fake"] = Field(
+        "local", description="serve: a running application's, whose device and lanes are its own; fake: no model"
+    )
     lanes: Annotated[int, Field(ge=1, le=4096)] | None = Field(None, description="null: from free memory")
     fake: FakeConfig = FakeConfig()
 
@@ -133,6 +141,7 @@ class Config(_Frozen):
     )
 
     ray: RayConfig = RayConfig()
+    serve: ServeConfig = ServeConfig()
     pool: PoolConfig = PoolConfig()
 
     @field_validator("language", mode="before")
@@ -150,7 +159,6 @@ class Config(_Frozen):
     def refuse_unsupported(self) -> None:
         """Raises `ConfigError` for a setting that has its place here and no effect yet: never ignored."""
         asked = {
-            "engine: serve": self.engine == "serve",
             "channels: split": self.channels == "split",
         }
         for setting, is_set in asked.items():
@@ -187,7 +195,7 @@ class Config(_Frozen):
 # What a result depends on. `dtype` and `model` are fingerprinted as resolved, by the caller.
 _NOT_IN_FINGERPRINT = frozenset(
     "device engine lanes log_format max_failed_fraction decode_timeout_s decode_memory_mb engine_timeout_s ray"
-    " pool".split()
+    " serve pool".split()
 )
 
 # A model may bring its own defaults; the user's settings win.

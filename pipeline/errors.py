@@ -10,6 +10,7 @@
     ├── OutputMismatchError exit 4: the output was begun with other settings
     ├── StoreError          exit 3: the store refuses; resumable
     ├── CrashLoopError      exit 3: engines die whatever they are given; resumable
+    ├── ApplicationError    exit 3: the running application that decodes is gone; resumable
     ├── AudioError          costs its recording only
     │   ├── NotFoundError, ForbiddenError, SourceError      the bytes cannot be had
     │   │   └── SourceTimeoutError                          they come too slowly
@@ -80,6 +81,10 @@ class StoreError(MurmurError):
 
 class CrashLoopError(MurmurError):
     kind = "crash_loop"
+
+
+class ApplicationError(MurmurError):
+    kind = "application"
 
 
 class AudioError(MurmurError):

@@ -42,9 +42,10 @@ from pipeline.ledger import Ledger
 from pipeline.machine import has_bfloat16
 from pipeline.manifest import filesystem, read_inputs, source_error
 from pipeline.output import Output, open_output, read_output, refuse_mismatch, write_inputs
-from pipeline.pools import Node, Pools, size_pools
+from pipeline.pools import Node, Pools, served_pools, size_pools
 from pipeline.progress import Standing, progress
 from pipeline.report import Summary, Work, exit_code, number_of
+from pipeline.served import Application
 
 log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -99,7 +100,7 @@ def transcribe(left: todo.Todo, round: int, output: Output, config: Config, clus
     """Run what is `left` through the dataflow, showing how far it is."""
     from pipeline.stages import count_ended, count_retries
 
-    pools = size_pools(cluster.nodes(), config)
+    pools = _pools(config, cluster)
     console.print(f"{number_of(len(left))} to do: {pools.describe()}, in {output.run.keys['dtype']}")
     standing = Standing(output, len(left), round)
     began = time.monotonic()
@@ -228,6 +229,13 @@ def dataflow(blocks: todo.Blocks, one: Pass, output: Output, config: Config, cen
     )
 
 
+def _pools(config: Config, cluster: Cluster) -> Pools:
+    if config.engine != "serve":
+        return size_pools(cluster.nodes(), config)
+    application = cluster.application(config)
+    return served_pools(cluster.free_cpus(), application.replicas, application.is_on_gpu, config)
+
+
 def _ledger(output: Output) -> Ledger:
     return Ledger.read(output.store, output.run.n_shards)
 
@@ -236,8 +244,13 @@ def _listing(recordings: Sequence[str]) -> todo.Listing:
     return todo.Listing(map(todo.from_json, recordings))
 
 
-def _engine(config: Config, output: Output, pools: Pools, faults: Faults | None) -> EngineConfig:
-    """The engine as resolved. Ray shows each actor its own GPU as the only one; workers have other current folders."""
+def _engine(config: Config, output: Output, pools: Pools, faults: Faults | None) -> EngineConfig | None:
+    """The engine as resolved; None: a running application's.
+
+    Ray shows each actor its own GPU as the only one; workers have other current folders.
+    """
+    if config.engine == "serve":
+        return None
     return dataclasses.replace(
         engine_config(config, pools.threads),
         model=str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model,
@@ -252,7 +265,7 @@ def _engine(config: Config, output: Output, pools: Pools, faults: Faults | None)
 
 def begin(uri: str, config: Config, n_listed: int, cluster: Cluster) -> Output:
     """The output folder, begun or found to be this run's. Raises `ModelError`, `OutputError`, `OutputMismatchError`."""
-    weights, revision = identify(config)
+    weights, revision = identify(config, cluster)
     return open_output(
         uri,
         settings=config.model_dump(mode="json"),
@@ -273,9 +286,13 @@ def _keys(config: Config, dtype: str, weights: str, revision: str | None) -> dic
     return fingerprint_keys(config) | {"dtype": dtype, "weights": weights, "revision": revision}
 
 
-def identify(config: Config) -> tuple[str, str | None]:
-    """(hash of the weights, the model's revision): its files found, fetched if need be, and looked over."""
+def identify(config: Config, cluster: Cluster) -> tuple[str, str | None]:
+    """(hash of the weights, the model's revision): its files found, fetched if need be, and looked over; or what a
+    running application says of its own."""
     config.refuse_unsupported()
+    if config.engine == "serve":
+        served = cluster.application(config).model
+        return served.weights, served.revision
     if config.engine == "fake":
         return "fake", config.revision
     folder = resolve_model(config.model, config.revision)
@@ -288,8 +305,10 @@ def resolve_dtype(uri: str, config: Config, cluster: Cluster) -> str:
     """The dtype of all engines of this output: one, or equal audio would not give equal text.
 
     `auto` is what an output was begun with; in a new one it is float16 where engines get GPUs, bfloat16 where all
-    nodes' processors are made for it, else float32. Only the cluster can tell.
+    nodes' processors are made for it, else float32. Only the cluster can tell. A running application has its own.
     """
+    if config.engine == "serve":
+        return cluster.application(config).model.info.dtype
     if config.dtype != "auto":
         return config.dtype
     try:
@@ -306,12 +325,13 @@ def resolve_dtype(uri: str, config: Config, cluster: Cluster) -> str:
 def estimate(inputs: Sequence[str], output_uri: str, config: Config, *, check_inputs: bool = False) -> todo.Estimate:
     """What a run would have to do: `--dry-run`. Writes nothing, starts nothing, refuses what the run would refuse."""
     listed = todo.Listing(read_inputs(inputs))
-    weights, revision = identify(config)
-    try:
-        output = read_output(output_uri)
-    except OutputError:  # not begun yet
-        return todo.missing(listed, None).estimate
-    dtype = output.run.keys["dtype"] if config.dtype == "auto" else config.dtype
+    with Cluster(config.ray) as cluster:
+        weights, revision = identify(config, cluster)
+        try:
+            output = read_output(output_uri)
+        except OutputError:  # not begun yet
+            return todo.missing(listed, None).estimate
+        dtype = resolve_dtype(output_uri, config, cluster)  # of an output: no cluster is asked
     refuse_mismatch(output.store, output.run, _keys(config, dtype, weights, revision))
     ledger = Ledger.read(output.store, output.run.n_shards)
     changes.settle(listed, ledger, check=check_inputs, dry_run=True)
@@ -371,6 +391,7 @@ class Cluster:
     def __init__(self, config: RayConfig) -> None:
         self.is_connected = False
         self._config = config
+        self._application: Application | None = None
         self._exit = ExitStack()
 
     def __enter__(self) -> Cluster:
@@ -388,6 +409,24 @@ class Cluster:
         self._connect()
         alive = (node["Resources"] for node in ray.nodes() if node["Alive"])
         return [Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in alive]
+
+    def free_cpus(self) -> float:
+        """Logical CPUs that nothing holds now, a running application's replicas among it."""
+        import ray
+
+        self._connect()
+        return float(ray.available_resources().get("CPU", 0.0))
+
+    def application(self, config: Config) -> Application:
+        """The running application that `engine: serve` asks for. Raises `ConfigError` where there is none."""
+        import ray
+
+        if self._application is None:
+            if not (ray.is_initialized() or self._config.address or os.environ.get("RAY_ADDRESS")):
+                raise ConfigError("engine: serve needs the cluster where the application runs: set ray.address")
+            self._connect()
+            self._application = Application.find(config)
+        return self._application
 
     def ask_nodes(self, question: Callable[[], _T]) -> list[_T]:
         """The answer of every node that has CPUs."""

@@ -9,6 +9,7 @@ the CPUs that the engines need, and writing asks for none at all. That is what k
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -41,10 +42,13 @@ class Pools:
     calls_per_engine: int  # such calls in flight; the stage lets in only what the lanes can soon take
     block_mb: int  # a block of PCM is what one engine task takes and one write commits: 32 s of audio a MB
     write_tasks: int = _WRITE_TASKS
+    is_served: bool = False  # the engines are a running application's, each with a client here
 
     def describe(self) -> str:
         where = f"{self.engine_gpus:g} GPU" if self.engine_gpus else f"{self.engine_cpus:g} CPU"
         engines = f"1 engine on {where}" if self.engines == 1 else f"{self.engines} engines on {where} each"
+        if self.is_served:
+            engines = f"the application's {self.engines} replica{'s' * (self.engines > 1)}"
         units = self.units_per_call
         many = f"{32 * self.block_mb} s of audio" if units is None else f"{units} Unit{'s' * (units > 1)}"
         calls = f"{self.calls_per_engine} calls in flight of {many}"
@@ -81,6 +85,25 @@ def size_pools(nodes: Sequence[Node], config: Config) -> Pools:
         units_per_call=config.pool.units_per_call or (8 if batched else 1 if engine_gpus else None),
         calls_per_engine=_given(config.pool.calls_per_engine, calls),
         block_mb=16 if batched else 1,
+    )
+
+
+def served_pools(free_cpus: float, replicas: int, on_gpu: bool, config: Config) -> Pools:
+    """The pools beside a running application: a client for each of its engines, all free CPUs for decoding.
+
+    Raises `ConfigError` where the application and others have left no CPU to decode on.
+    """
+    if free_cpus < 1:
+        raise ConfigError("engine: serve, and no CPU of the cluster is free for decoding beside what runs on it")
+    like = size_pools([Node(free_cpus, float(on_gpu))], config.model_copy(update={"device": "auto"}))
+    return dataclasses.replace(
+        like,
+        engines=_given(config.pool.engines, replicas),
+        engine_cpus=_given(config.pool.engine_cpus, 0.0),
+        engine_gpus=0.0,
+        threads=None,
+        decode_tasks=_given(config.pool.decode_tasks, int(free_cpus)),
+        is_served=True,
     )
 
 

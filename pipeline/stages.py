@@ -45,6 +45,7 @@ from pipeline.manifest import identity, store_of
 from pipeline.metrics import Meters, Metric, Record
 from pipeline.progress import News
 from pipeline.schema import UNITS, to_table, unit_row
+from pipeline.served import ServedEngine
 from pipeline.stitch import failed_unit
 from pipeline.stopwatch import Rate, clocked
 from pipeline.todo import Source, from_json, to_json
@@ -52,6 +53,7 @@ from pipeline.types import SAMPLE_RATE, DecodeOptions, Failure, Recording, Spent
 from pipeline.units import read_units
 
 log = logging.getLogger(__name__)
+AnyEngine = Engine | ServedEngine
 
 UNIT_ROW = pa.schema(
     [
@@ -184,18 +186,18 @@ class EngineStage:
 
     With a `census`, a Unit that was in an engine when that died is put off, and run by itself in a pass that is
     `alone`; there one that kills again and again fails. An engine that stands still for `engine_timeout_s` ends its
-    own process, which makes a hang a death like any other.
+    own process, which makes a hang a death like any other. Without `engine` it is a running application's.
     """
 
-    def __init__(self, config: Config, engine: EngineConfig, census: Any = None, alone: bool = False) -> None:
+    def __init__(self, config: Config, engine: EngineConfig | None, census: Any = None, alone: bool = False) -> None:
         _set_up_worker(config, census)
         self._options = config.decode_options()
         self._census, self._alone, self._turn = census, alone, asyncio.Lock()
         self._door = Door()
-        self._engine: Engine | MurmurError
+        self._engine: AnyEngine | MurmurError
         try:
             self._name = _register(census)
-            self._engine = load_engine(engine)
+            self._engine = ServedEngine(config) if engine is None else load_engine(engine)
             log.info("engine: %s", self._engine.info)
             self._gauges = Gauges(self._engine)
             self._door.limit = 2 * self._engine.info.lanes
@@ -213,7 +215,7 @@ class EngineStage:
             results = await self._results(items, self._engine)
         return to_table((unit_row(result) for result in results), UNITS)
 
-    async def _results(self, items: Sequence[Unit | UnitResult], engine: Engine) -> list[UnitResult]:
+    async def _results(self, items: Sequence[Unit | UnitResult], engine: AnyEngine) -> list[UnitResult]:
         units = [item for item in items if isinstance(item, Unit)]
         keys = [(unit.recording.id, unit.index) for unit in units]
         verdicts = dict.fromkeys(keys, Verdict.RUN)
@@ -232,7 +234,7 @@ class EngineStage:
             self._census.done.remote(self._name, keys)
         return results
 
-    async def _result(self, unit: Unit, engine: Engine, verdict: Verdict) -> UnitResult:
+    async def _result(self, unit: Unit, engine: AnyEngine, verdict: Verdict) -> UnitResult:
         if verdict == Verdict.DEFER:
             return failed_unit(unit, Failure(DEFERRED, "its engine died; it is run alone later", "engine"))
         if verdict == Verdict.FAIL:
@@ -241,7 +243,7 @@ class EngineStage:
         with logs.about(unit.recording.id), self._gauges.in_flight():
             return await self._submitted(unit, engine)
 
-    async def _submitted(self, unit: Unit, engine: Engine) -> UnitResult:
+    async def _submitted(self, unit: Unit, engine: AnyEngine) -> UnitResult:
         async with self._door.opened(_n_windows(unit, self._options)):
             began = time.monotonic()
             try:
@@ -318,7 +320,7 @@ def _register(census: Any) -> str:
     return name
 
 
-def exit_when_stuck(engine: Engine, timeout_s: float) -> None:
+def exit_when_stuck(engine: AnyEngine, timeout_s: float) -> None:
     """End this process, with every thread's stack in its log, when `engine` has work and stands still for that long.
 
     The alarm is a thread of faulthandler's own, in C: it goes off also while whoever hangs holds the interpreter's
@@ -396,7 +398,7 @@ class Gauges:
 
     EVERY_S = 2.0
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: AnyEngine) -> None:
         self._engine, self._n_units, self._rate = engine, 0, Rate()
         threading.Thread(target=self._keep, name="gauges", daemon=True).start()
 

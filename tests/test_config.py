@@ -119,7 +119,7 @@ def test_known_keys_are_dotted() -> None:
     assert {"model", "pool.engines", "ray.address", "fake.faults"} <= set(known_keys())
 
 
-@pytest.mark.parametrize("setting", ["engine=serve", "channels=split"])
+@pytest.mark.parametrize("setting", ["channels=split"])
 def test_a_setting_without_effect_yet_is_refused(setting: str) -> None:
     config = load_config(sets=[setting], env={})
     with pytest.raises(ConfigError, match=setting.partition("=")[0]):

@@ -27,7 +27,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("pipeline.engine",),
     ("pipeline.transcribe", "pipeline.sink", "pipeline.finalize", "pipeline.figures", "pipeline.charts",
-     "pipeline.report_page", "pipeline.report", "pipeline.progress", "pipeline.verify", "pipeline.clean"),
+     "pipeline.report_page", "pipeline.report", "pipeline.progress", "pipeline.verify", "pipeline.clean",
+     "pipeline.served"),
     ("pipeline.stages",),
     ("pipeline.job", "pipeline.submit", "pipeline.bench"),
     ("pipeline.cli",),
@@ -37,6 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 PLACES: dict[str, tuple[str, ...]] = {
     "ray": (
         "pipeline.stages", "pipeline.job", "pipeline.sink", "pipeline.finalize", "pipeline.submit",
+        "pipeline.served",  # the handle to a running application: below the stage, and `serve_app` names it too
         "serve_app.deployment",
     ),
     "fastapi": ("serve_app",),

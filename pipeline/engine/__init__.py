@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol, Self
 
 from pipeline.config import Config, Fault
+from pipeline.errors import ConfigError
 from pipeline.types import DecodeOptions, Hypothesis, Pcm, Recording, Unit, UnitResult
 
 
@@ -114,6 +115,8 @@ def load_engine(config: EngineConfig) -> Engine:
 def engine_config(config: Config, threads: int | None = None) -> EngineConfig:
     """The engine's part of the run's settings. Raises `ConfigError` for settings that nothing honours yet."""
     config.refuse_unsupported()
+    if config.engine == "serve":
+        raise ConfigError("engine: serve is the job's, on the cluster where the application runs: it needs --output")
     return EngineConfig(
         model=config.model,
         revision=config.revision,
