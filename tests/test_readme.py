@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
+from pipeline import cli
 from tests.benchmarks import tables
 
 ROOT = Path(__file__).parent.parent
@@ -61,6 +64,26 @@ def test_tree_names_every_module() -> None:
 def test_pins_hold_no_address() -> None:
     for path in (ROOT / "configs" / "constraints.txt", ROOT / "pyproject.toml"):
         assert "://" not in path.read_text(encoding="utf-8").replace("https://www.ray.io", "")
+
+
+def test_submitted_commands_are_commands() -> None:
+    lines = re.findall(r"^murmur (submit .*?)(?:\s+#.*)?$", "\n".join(blocks("sh")), re.MULTILINE)
+    assert len(lines) >= 2
+    for line in lines:
+        name, *arguments = shlex.split(line.replace("run.yaml", str(ROOT / "configs" / "cluster.yaml")))
+        given = typer.main.get_command(cli.app).commands[name].make_context(name, arguments).params
+        assert given["address"]
+        assert given["attach"] or cli._parsed(given["command"]).output
+
+
+def test_sizing_is_worked_out_from_the_results() -> None:
+    engine, vad = tables.result("engine_cpu_base.json"), tables.result("vad_cost.json")
+    assert engine is not None
+    assert vad is not None
+    assert tables.sizing(engine, vad, tables.result("decode_speed.json")) in README
+    assert tables.hours_per_core_hour(audio_s=30, core_s=0.5) == 60
+    with_decoding = tables.sizing(engine, vad, {"core_s_per_audio_hour": {"mp3": 36.0}})
+    assert with_decoding.endswith("| reading and decoding, mp3 | 100 | 1,000 |")
 
 
 def test_top_level_is_the_design_s() -> None:

@@ -42,6 +42,40 @@ def speed(figures: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in sorted(rows))])
 
 
+CORPUS_H = 100_000  # hours: what the sizing table works out
+
+
+def sizing(engine: dict[str, Any], vad: dict[str, Any], decode: dict[str, Any] | None = None) -> str:
+    """Of `engine_cpu_base.json`, `vad_cost.json` and, once it is there, `decode_speed.json`: hours of audio that one
+    core gets through in an hour, from the processor time that each took."""
+    ours = [one for one in engine["contestants"] if one["library"] == "ours" and one["error"] is None]
+    rows = [
+        (f"engine, whisper-{engine['plan']['size']} in {one['dtype']}", hours_per_core_hour(30, _core_s(one)))
+        for one in ours
+    ]
+    rows.append(("voice detection", hours_per_core_hour(30, vad["cost"]["vad_core_s_per_30_s"])))
+    for name, core_s in (decode or {}).get("core_s_per_audio_hour", {}).items():
+        rows.append((f"reading and decoding, {name}", hours_per_core_hour(3600, core_s)))
+    lines = [f"| what | hours of audio a core-hour | core-hours for {CORPUS_H:,} hours |", "|---|---|---|"]
+    return "\n".join([*lines, *(f"| {name} | {rate:,.0f} | {CORPUS_H / rate:,.0f} |" for name, rate in rows)])
+
+
+def hours_per_core_hour(audio_s: float, core_s: float) -> float:
+    """How much audio a core gets through in its time, where `audio_s` took it `core_s`."""
+    return audio_s / core_s
+
+
+def _core_s(contestant: dict[str, Any]) -> float:
+    return float(contestant["cpu_s_per_window"]["median"])
+
+
+def result(name: str) -> dict[str, Any] | None:
+    """A committed result; None where it has not been measured yet."""
+    path = RESULTS / name
+    found: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return found
+
+
 def _coverage(found: dict[str, Any]) -> str:
     return f"{found['missing']} lost, {found['doubled']} doubled, times true to {found['end_error_s']:.2f} s at the end"
 
@@ -57,3 +91,5 @@ def _percent(rate: float) -> str:
 if __name__ == "__main__":
     print(accuracy(json.loads((RESULTS / "heldout_accuracy.json").read_text())))
     print(speed(json.loads((RESULTS / "engine_cpu_base.json").read_text())))
+    engine, vad = (json.loads((RESULTS / name).read_text()) for name in ("engine_cpu_base.json", "vad_cost.json"))
+    print(sizing(engine, vad, result("decode_speed.json")))
