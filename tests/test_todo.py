@@ -177,12 +177,6 @@ def test_only_what_is_not_there_yet_runs_in_whatever_order_it_is_listed(ledger: 
         assert items(todo.missing(listing(*order), ledger), tmp_path).keys() == set(everything) - {"done", "failed"}
 
 
-def test_other_bytes_under_a_name_that_is_done_are_said(ledger: Ledger, caplog: pytest.LogCaptureFixture) -> None:
-    changed = Listing([rec("done", 9.0, size=8), rec("failed", 9.0, size=7), rec("new", 9.0, size=7)])
-    assert len(todo.missing(changed, ledger)) == 1
-    assert caplog.messages == ["1 recordings have other bytes now than when they were read; they are not read again"]
-
-
 def test_a_retry_takes_the_failed_ones_only(ledger: Ledger, tmp_path: Path) -> None:
     left = todo.failed(listing("new", "failed", "done"), ledger)
     assert items(left, tmp_path) == {"failed": Item(rec("failed", 9.0), frozenset({0, 2}))}
