@@ -1,4 +1,4 @@
-"""The process in which files are decoded: `python -m pipeline.decoder_child MEMORY_MB PARENT`, started by `decoder.py`.
+"""The process in which files are decoded, started by `decoder.py`: `... decoder_child MEMORY_MB PARENT WINDOW`.
 
 Whatever a file makes of a codec stays in here. The process has one socket to its parent, from which all it reads comes,
 and has given up the rest before the first file: it can open no file and no socket, write no file, leave no core, and
@@ -9,6 +9,7 @@ av and little of ours: 0.3 s and 45 MB.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import resource
 import signal
@@ -18,18 +19,18 @@ import time
 from typing import Any
 
 from pipeline.audio import AudioStream, load_all
-from pipeline.decoder_wire import Tag, Wire
+from pipeline.decoder_wire import WINDOW, Tag, Wire
 from pipeline.errors import AudioError, DamagedAudioError, DecodeMemoryError, EmptyAudioError
 
-_CHUNK = 256 << 10  # bytes asked of the parent at a time
 _PR_SET_PDEATHSIG = 1
 _BOMB = 50 << 30  # bytes that the fault `oom` asks for
 _FOREVER_S = 3600.0  # a hang, unless the fault's text gives other seconds
 
 
 def main() -> None:
-    memory_mb, parent = (int(argument) for argument in sys.argv[1:])
-    wire = Wire(socket.socket(fileno=0))
+    memory_mb, parent, window = (int(argument) for argument in sys.argv[1:])
+    wire = Wire(socket.socket(fileno=0), mmap.mmap(window, WINDOW))
+    os.close(window)
     load_all()
     confine(memory_mb, parent)
     wire.send(Tag.READY)
@@ -129,7 +130,7 @@ class _File:
         """Up to `size` bytes from here; the parent is asked where none of them is kept."""
         if not self._start <= self._at < self._start + len(self._chunk):
             try:
-                self._chunk = memoryview(self._wire.ask(self._at, min(max(size, _CHUNK), self._size - self._at)))
+                self._chunk = self._wire.ask(self._at, self._size - self._at)
             except EOFError:
                 os._exit(0)  # the parent is gone; libav would take an exception for the end of the file
             self._start = self._at

@@ -1,14 +1,17 @@
-"""How a decoder's process and its parent speak: frames over one socket, of samples, bytes, numbers and JSON.
+"""How a decoder's process and its parent speak: frames over one socket, and a window of memory that both see.
 
-    parent → child   OPEN {what to decode}, BYTES (the answer to READ)
+    parent → child   OPEN {what to decode}, BYTES (the answer to READ: so many are in the window)
     child → parent   READY, READ (offset, size), OPENED, FLAG, BLOCK (samples), END, ERROR {kind, message}
 
-Nothing is pickled: what a child sends is data, whatever a file has made of the child. Knows no codec and no store.
+Nothing is pickled: what a child sends is data, whatever a file has made of the child; and the parent never reads from
+the window, which is there because a file's bytes through a socket would cost a third more than decoding PCM does.
+Knows no codec and no store.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
 import socket
 import struct
 import time
@@ -21,6 +24,8 @@ from numpy.typing import NDArray
 
 _HEAD = struct.Struct("<BBI")  # tag, channels of a block (0: one, as [n]), bytes that follow
 _RANGE = struct.Struct("<QI")  # offset, size
+_COUNT = struct.Struct("<I")
+WINDOW = 256 << 10  # bytes
 _MOST = 64 << 20  # bytes of a frame; more is no frame of ours
 
 
@@ -63,8 +68,9 @@ class Frame:
 class Wire:
     """One end. `EOFError` means that the other one is gone, `ValueError` that it does not speak as it should."""
 
-    def __init__(self, end: socket.socket) -> None:
+    def __init__(self, end: socket.socket, window: mmap.mmap) -> None:
         self._socket = end
+        self._window = memoryview(window)
 
     def send(self, tag: Tag, body: bytes | memoryview = b"", channels: int = 0, within_s: float | None = None) -> None:
         """Raises `TimeoutError` after `within_s` seconds."""
@@ -86,10 +92,16 @@ class Wire:
         channels = pcm.shape[0] if pcm.ndim == 2 else 0
         self.send(Tag.BLOCK, np.ascontiguousarray(pcm).data.cast("B"), channels)
 
-    def ask(self, offset: int, size: int) -> bytearray:
-        """The bytes that the other end has there, up to `size` of them."""
-        self.send(Tag.READ, _RANGE.pack(offset, size))
-        return self.receive().body
+    def ask(self, offset: int, size: int) -> memoryview:
+        """The bytes that the other end has there, up to `size` of them and `WINDOW`; good until the next are asked."""
+        self.send(Tag.READ, _RANGE.pack(offset, min(size, WINDOW)))
+        (count,) = _COUNT.unpack(self.receive().body)
+        return self._window[:count]
+
+    def answer(self, data: bytes, within_s: float | None = None) -> None:
+        """The bytes that were asked for."""
+        self._window[: len(data)] = data
+        self.send(Tag.BYTES, _COUNT.pack(len(data)), within_s=within_s)
 
     def receive(self, within_s: float | None = None) -> Frame:
         """The next frame. Raises `TimeoutError` after `within_s` seconds."""
@@ -101,6 +113,7 @@ class Wire:
 
     def close(self) -> None:
         self._socket.close()
+        self._window.release()
 
     def _exactly(self, size: int, until: float | None) -> bytearray:
         body = bytearray(size)

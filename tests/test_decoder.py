@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import socket
@@ -20,7 +21,7 @@ from audio_files import noise, tone, write_audio
 from pipeline import decoder
 from pipeline.config import Config, Fault
 from pipeline.decoder import DecodedAudio, PlainAudio, close_idle, open_audio
-from pipeline.decoder_wire import Tag, Wire
+from pipeline.decoder_wire import WINDOW, Tag, Wire
 from pipeline.errors import (
     AudioError,
     DamagedAudioError,
@@ -382,14 +383,18 @@ def test_a_fault_strikes_also_where_nothing_needs_a_decoder(tmp_path: Path) -> N
 def ends() -> Iterator[tuple[Wire, socket.socket]]:
     one, other = socket.socketpair()
     with one, other:
-        yield Wire(one), other
+        yield over(one), other
+
+
+def over(end: socket.socket) -> Wire:
+    return Wire(end, mmap.mmap(-1, WINDOW))
 
 
 @pytest.mark.parametrize("shape", [(16_000,), (2, 8_000), (1, 5)])
 def test_a_block_keeps_its_shape(shape: tuple[int, ...], ends: tuple[Wire, socket.socket]) -> None:
     wire, other = ends
     block = noise(1.0)[: int(np.prod(shape))].reshape(shape)
-    Wire(other).send_block(block)
+    over(other).send_block(block)
     frame = wire.receive(5)
     assert frame.tag is Tag.BLOCK
     assert np.array_equal(frame.samples, block)
