@@ -149,7 +149,7 @@ def _bring_up(build: Build, units: pa.Table, use_ray: bool, rewrite: Collection[
     counts, audio_s = _count(build, units)
     complete = counts["missing"] == 0 and newest_inputs(build.store) is not None
     success = _success(build, complete, [], counts, audio_s, winners, files)
-    if success != before:
+    if touched or success != before:
         _put(build, success)
     return success
 

@@ -297,6 +297,7 @@ def test_a_file_that_was_removed_or_cut_is_made_again(local: Output, puts: list[
     local.store.put(FILES[5], (local.store.get(FILES[5]) or b"")[:-100])
     puts.clear()
     assert tables(local).files == first.files
+    assert read_success(local.store) == first  # and not what it said meanwhile
     assert set(puts) - {SUCCESS} == {FILES[1], FILES[2], FILES[4], FILES[5]}  # both tables of shards 1 and 2
     assert hashlib.sha256(local.store.get(FILES[5]) or b"").hexdigest() == first.files[FILES[5]]["sha256"]
 

@@ -74,6 +74,9 @@ def test_a_truncated_table_file_is_named_with_its_shard(output: Output) -> None:
     assert (done.exit_code, done.to_redo, done.repaired) == (0, 0, True)
     assert output.store.get(SHARD_1["segments"]) == whole
     assert check(output).is_well
+    said = read_success(output.store)
+    assert said is not None
+    assert said.complete
 
 
 def test_a_repair_writes_the_damaged_shards_only(local: Output, monkeypatch: pytest.MonkeyPatch) -> None:
