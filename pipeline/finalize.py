@@ -128,11 +128,28 @@ def _merge(ledger: Ledger, use_ray: bool) -> None:
     """Data objects are read once here, and not once for every shard that has a Unit in them, now and ever after."""
     if pieces.n_loose(ledger.winners) < MERGE_AT:
         return
-    groups = list(pieces.groups(ledger.winners))
-    task = partial(pieces.merge, ledger.store)
+    groups = list(map(_pack, pieces.groups(ledger.winners)))
+    task = partial(_merge_group, ledger.store)
     merged = _on_ray(task, groups) if use_ray else map(task, groups)
     rest = ledger.winners.filter(pc.not_equal(ledger.winners["data"], ledger.winners["object"]))
-    ledger.move(pa.concat_tables([rest, *merged]))
+    ledger.move(pa.concat_tables([rest, *map(_unpack, merged)]))
+
+
+def _merge_group(store: Store, packed: bytes) -> bytes:
+    return _pack(pieces.merge(store, _unpack(packed)))
+
+
+def _pack(table: pa.Table) -> bytes:
+    """Only the rows of a slice: pickled, it would bring along all that it was cut from."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
+
+
+def _unpack(packed: bytes) -> pa.Table:
+    with pa.ipc.open_stream(packed) as reader:
+        return reader.read_all()
 
 
 def _bring_up(build: Build, units: pa.Table, use_ray: bool, rewrite: Collection[int]) -> Success:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import logging
 import os
 from collections.abc import Callable
@@ -167,7 +168,7 @@ def test_a_whole_run_over_replaced_files(
     folder, uri = corpus(3), str(tmp_path / "out")
     manifest = tmp_path / "list.jsonl"
     manifest.write_text("".join(f'{{"audio_filepath": "corpus/clip-{i:03}.wav", "id": "c{i}"}}\n' for i in range(3)))
-    quiet = Console(file=(tmp_path / "said.txt").open("w"))
+    quiet = Console(file=io.StringIO())
 
     def run(**how: bool) -> job.Summary:
         return job.run([str(manifest)], uri, fake_config(vad="none"), console=quiet, **how)

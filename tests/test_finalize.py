@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from commits import begin, failed, ok, put, read_ledger, read_table, segment, table, texts, unreadable
 
 from pipeline import finalize as finalizing
+from pipeline import pieces
 from pipeline.errors import OutputHeldError, StoreError
 from pipeline.finalize import SCHEMAS, Success, finalize, read_success
 from pipeline.lease import FINALIZE_LEASE, Lease
@@ -418,3 +420,82 @@ def test_on_ray_it_is_the_same(tmp_path: Path, ray_cluster: None, broken: bool) 
     else:
         assert finalize(outputs[1]) == here
     assert read_ledger(outputs[1].store).snapshot == 1
+
+
+# ---- many objects
+
+
+@pytest.fixture
+def merging(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with thousands of objects: merged from two on, in several groups, pieces and portions."""
+    monkeypatch.setattr(finalizing, "MERGE_AT", 2)
+    monkeypatch.setattr(pieces, "_GROUP_OBJECTS", 3)
+    monkeypatch.setattr(pieces, "_PIECE_ROWS", 2)
+    monkeypatch.setattr(pieces, "_PORTION_BYTES", 10_000)
+
+
+def many(output: Output, names: Sequence[str]) -> None:
+    """Three Units of each, two to an object, mixed; the middle one of some twice, or failed."""
+    units = [ok(name, k, last=k == 2) for k in range(3) for name in names]
+    for i in range(0, len(units), 2):
+        put(output.store, *units[i : i + 2], name=f"{names[0]}-{i:03}")
+    put(output.store, *(ok(name, 1, last=False, text=" late") for name in names[::3]), name=f"{names[0]}-z")
+
+
+def test_merged_or_not_the_tables_are_the_same(tmp_path: Path, merging: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"r{i}" for i in range(11)]
+    outputs = [begin(Store.at(str(tmp_path / where))) for where in ("merged", "loose")]
+    for output in outputs:
+        many(output, names)
+    merged = tables(outputs[0])
+    monkeypatch.setattr(finalizing, "MERGE_AT", 1_000)
+    assert tables(outputs[1]) == merged
+    assert len(set(read_ledger(outputs[0].store).winners["data"].to_pylist())) == 6  # of 17 objects, 3 to a group
+    assert len(set(read_ledger(outputs[1].store).winners["data"].to_pylist())) > 16
+
+
+def test_what_is_merged_is_not_read_or_merged_again(
+    local: Output, merging: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many(local, [f"r{i}" for i in range(6)])
+    tables(local)
+    before = set(read_ledger(local.store).winners["data"].to_pylist())
+    many(local, [f"new{i}" for i in range(6)])
+    read: list[str] = []
+    whole = Store.get_range
+    monkeypatch.setattr(Store, "get_range", lambda self, name, *at: (read.append(name), whole(self, name, *at))[1])
+    assert tables(local).counts["unlisted"] == 12
+    assert not [name for name in read if "/data/r" in name]
+    assert before < set(read_ledger(local.store).winners["data"].to_pylist())
+    assert len(read_table(local.store, "segments")) == 36
+
+
+@pytest.mark.parametrize("survivors", range(5))
+def test_killed_while_it_merges(local: Output, merging: None, monkeypatch: pytest.MonkeyPatch, survivors: int) -> None:
+    """After some of the merged objects, or all of them and before the snapshot: they count for nothing."""
+    many(local, [f"r{i}" for i in range(6)])
+    left = [survivors]
+    with monkeypatch.context() as patch:
+        for method in ("put", "create"):
+            whole = getattr(Store, method)
+
+            def dies(self: Store, name: str, data: bytes, whole: Any = whole) -> Any:
+                left[0] -= "lease" not in name
+                if left[0] < 0:
+                    raise KeyboardInterrupt
+                return whole(self, name, data)
+
+            patch.setattr(Store, method, dies)
+        with pytest.raises(KeyboardInterrupt):
+            tables(local)
+    assert tables(local).counts["unlisted"] == 6
+    assert len(read_table(local.store, "segments")) == 18
+
+
+@pytest.mark.ray
+@pytest.mark.filterwarnings("ignore:`use_push_based_shuffle`:DeprecationWarning")  # ray copies its own context
+def test_merged_on_ray(tmp_path: Path, ray_cluster: None, merging: None) -> None:
+    outputs = [begin(Store.at(str(tmp_path / where))) for where in ("here", "ray")]
+    for output in outputs:
+        many(output, [f"r{i}" for i in range(6)])
+    assert finalize(outputs[1]) == tables(outputs[0])

@@ -190,22 +190,26 @@ def main() -> int:
     parser.add_argument("--segments", type=int, default=3, help="of one Unit")
     parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--keep", action="store_true", help="the output, to look at")
+    parser.add_argument("--made", metavar="FOLDER", help="an output of these sizes that was made before")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     n, units, n_segments = arguments.recordings, arguments.units, arguments.segments
-    uri = tempfile.mkdtemp(prefix="finalise-scale-", dir=arguments.dir)
-    config = load_config(overrides={"engine": "fake", "model": "demo"}, env={})
     n_shards = shards_for(n)
-    open_output(
-        uri, settings=config.model_dump(mode="json"), keys={"benchmark": True}, model="demo", model_revision=None,
-        n_shards=n_shards,
-    )  # fmt: skip
-    made_s = make(uri, range(n), units, n_segments, n_shards)
-    list_inputs(uri, n)
-    print(f"made in {made_s:.0f} s: {uri}", file=sys.stderr)
+    if arguments.made:
+        uri, made_s = arguments.made, None
+    else:
+        uri = tempfile.mkdtemp(prefix="finalise-scale-", dir=arguments.dir)
+        config = load_config(overrides={"engine": "fake", "model": "demo"}, env={})
+        open_output(
+            uri, settings=config.model_dump(mode="json"), keys={"benchmark": True}, model="demo", model_revision=None,
+            n_shards=n_shards,
+        )  # fmt: skip
+        made_s = round(make(uri, range(n), units, n_segments, n_shards))
+        list_inputs(uri, n)
+        print(f"made in {made_s} s: {uri}", file=sys.stderr)
     report: dict[str, Any] = {
         "benchmark": "finalise_scale", "recordings": n, "units": n * units, "segments": n * units * n_segments,
-        "units_per_object": UNITS_PER_OBJECT, "shards": n_shards, "made_s": round(made_s),
+        "units_per_object": UNITS_PER_OBJECT, "shards": n_shards, "made_s": made_s,
     }  # fmt: skip
     report["killed"] = watched(uri, kill_at="recordings")
     report["again"] = watched(uri)
