@@ -9,19 +9,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from commits import UNIT, begin, failed, ok, put, read_ledger, segment, unreadable
+from commits import UNIT, begin, failed, many, ok, put, segment, unreadable
 
 from pipeline import schema
 from pipeline.entries import ENTRIES
 from pipeline.figures import MOST_BINS, Figures, figures, longest_gap, throughput
-from pipeline.finalize import Success, finalize
+from pipeline.finalize import finalize
 from pipeline.journal import Journal
-from pipeline.ledger import SNAPSHOTS
-from pipeline.output import SUCCESS, Output, write_inputs
-from pipeline.stitch import stitch
+from pipeline.output import Output, write_inputs
 from pipeline.store import Store
 from pipeline.types import SAMPLE_RATE, Recording, Skip, Spent
 
@@ -193,36 +190,6 @@ def test_throughput_of_a_long_run_has_wider_bins() -> None:
 
 
 N_MANY = 50_000
-KINDS = [ok("a", flags=("f",)), ok("b", language="de"), unreadable("c"), ok("d", uncovered_speech=SAMPLE_RATE)]
-
-
-def many(output: Output, n: int) -> Output:
-    """An output with the tables of `n` recordings of `KINDS`, in turn, and the snapshot that they are of; written
-    straight away, since committing and stitching so many takes minutes."""
-    turn = pa.array(np.arange(n) % len(KINDS))
-    ids = pa.array([f"recording-{i:06d}" for i in range(n)])
-    whole = [stitch([result]) for result in KINDS]
-    about = {"model": "demo", "model_revision": None, "options_fingerprint": output.run.fingerprint}
-    put(output.store, *KINDS)
-    tables = {
-        "recordings": schema.to_table([schema.recording_row(one, **about) for one in whole], schema.RECORDINGS),
-        "segments": schema.to_table([row for one in whole for row in schema.segment_rows(one)], schema.SEGMENTS),
-        SNAPSHOTS: read_ledger(output.store).winners,
-    }
-    for name, few in tables.items():
-        rows = few.take(pc.min_element_wise(turn, len(few) - 1)).set_column(*column(few, "recording_id", ids))
-        if name == SNAPSHOTS:
-            rows = rows.set_column(*column(rows, "pinned", pa.array([True] * n)))
-        file = "000001.parquet" if name == SNAPSHOTS else "part-00000-of-00001.parquet"
-        Path(output.store.uri, name).mkdir(exist_ok=True)
-        pq.write_table(rows, Path(output.store.uri, name, file))
-    counts = {"inputs": 0, "ok": 0, "failed": 0, "skipped": 0, "missing": 0, "unlisted": n}
-    output.store.put(SUCCESS, Success(True, [], counts, 0.0, "demo", None, "", 1, 1, {}, {}).to_bytes())
-    return output
-
-
-def column(table: pa.Table, name: str, values: pa.Array) -> tuple[int, pa.Field, pa.Array]:
-    return table.schema.get_field_index(name), table.schema.field(name), values
 
 
 def test_many_recordings_are_summed_up_not_held(tmp_path: Path) -> None:
