@@ -99,7 +99,7 @@ class Scheduler:
     def _allocate(self, lanes: int) -> None:
         self._lanes: list[_Candidate | None] = [None] * lanes
         self._caches = self._model.allocate(lanes)
-        self._sampler = Sampler(self._tokenizer, lanes, self._model.device)
+        self._sampler = Sampler(self._tokenizer, lanes, self._model.device, exact=self._model.dtype == torch.float32)
         self._positions = torch.zeros(lanes, dtype=torch.int64, device=self._model.device)
 
     @property
