@@ -5,8 +5,9 @@
 Held-out speech, clean and spoilt in a dozen ways, in three languages, on the demo model under each profile of
 `tests/engine/parity.py`; then random weights of several shapes, where nothing is likely and every figure counts.
 A recording is *equal* if all its decodes, segments, scores and words are; *near-tie* if the first other token is where
-the reference's own best two were closer than 1e-3; else *different*, and the script fails. Its small form runs in the
-suite (`tests/engine/test_parity.py`).
+the reference's own best two were closer than 1e-3; *standstill* if all is equal until the reference begins to decode a
+window again, which under random weights may be for ever; else *different*, and the script fails. Its small form runs
+in the suite (`tests/engine/test_parity.py`).
 """
 
 from __future__ import annotations
@@ -90,6 +91,7 @@ class Group:
             "recordings": len(self.recordings),
             "equal": self.kinds["equal"],
             "near_ties": self.kinds["near-tie"],
+            "standstills": self.kinds["standstill"],
             "different": self.kinds["different"],
             "audio_s": round(self.audio_s, 1),
             **dict(sorted(self.seen.items())),
@@ -163,6 +165,7 @@ def summary(groups: list[Group]) -> Figures:
         "recordings": sum(len(group.recordings) for group in groups),
         "equal": kinds["equal"],
         "near_ties": kinds["near-tie"],
+        "standstills": kinds["standstill"],
         "different": kinds["different"],
         "audio_s": round(sum(group.audio_s for group in groups), 1),
         "decodes": sum(group.seen["decodes"] for group in groups),

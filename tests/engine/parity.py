@@ -1,4 +1,5 @@
-"""Ours beside openai-whisper on the same samples, decode by decode: `compare` says equal, a near-tie, or different.
+"""Ours beside openai-whisper on the same samples, decode by decode: `compare` says equal, a near-tie, different, or
+that the reference stood still.
 
 The reference is run as it is. Watched are its decodes (`Trace`): what each was prompted with, the tokens it chose, and
 the gap between the best two tokens at every step, in its own logits after its own filters. Where its temperature is
@@ -110,7 +111,7 @@ class Language:
 class Verdict:
     """What became of a comparison; `detail` says where the two part."""
 
-    kind: str  # "equal", "near-tie" or "different"
+    kind: str  # "equal", "near-tie", "different" or "standstill"
     detail: str = ""
     gap: float | None = None
 
@@ -123,11 +124,20 @@ EQUAL = Verdict("equal")
 
 @dataclass(slots=True)
 class Theirs:
-    """A run of the reference: its own result, and what it did on the way."""
+    """A run of the reference: its own result, and what it did on the way.
+
+    It stands still where a window's last word ends at the window's beginning: it decodes the window again, perhaps for
+    ever. Ours goes on, so the run is ended there, without a result.
+    """
 
     result: dict[str, Any]
     attempts: list[Attempt]
     languages: list[Language]
+    stands_still: bool = False
+
+
+class StandstillError(Exception):
+    """The reference is about to decode a window again."""
 
 
 def transcribe_theirs(model: Any, pcm: Pcm, options: DecodeOptions) -> Theirs:
@@ -136,7 +146,10 @@ def transcribe_theirs(model: Any, pcm: Pcm, options: DecodeOptions) -> Theirs:
     with watched(model) as trace, np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Word-level timestamps on translations")
         warnings.filterwarnings("ignore", "__array_wrap__")  # its beam search hands numpy a tensor
-        result: dict[str, Any] = model.transcribe(samples, **reference_options(options))
+        try:
+            result: dict[str, Any] = model.transcribe(samples, **reference_options(options))
+        except StandstillError:
+            return Theirs({"segments": []}, trace.attempts, trace.languages, stands_still=True)
     return Theirs(result, trace.attempts, trace.languages)
 
 
@@ -191,6 +204,8 @@ def watched(model: Any) -> Iterator[Trace]:
 
     def cut(mel: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         trace.seek, trace.tries = int(mel.storage_offset()), 0  # a slice [:, seek:] of the file's mel
+        if trace.attempts and trace.seek <= trace.attempts[-1].seek:
+            raise StandstillError
         padded: Tensor = pad_or_trim(mel, *args, **kwargs)
         return padded
 
@@ -400,10 +415,13 @@ def compare(ours: Ours, theirs: Theirs) -> Verdict:
         verdict = compare_languages(ours.result, theirs.languages[0])
         if verdict != EQUAL:
             return verdict
-    for i, (mine, its) in enumerate(zip_longest(ours.attempts, theirs.attempts)):
+    decodes = ours.attempts[: len(theirs.attempts)] if theirs.stands_still else ours.attempts
+    for i, (mine, its) in enumerate(zip_longest(decodes, theirs.attempts)):
         verdict = compare_attempts(mine, its)
         if verdict != EQUAL:
             return Verdict(verdict.kind, f"decode {i}: {verdict.detail}", verdict.gap)
+    if theirs.stands_still:
+        return Verdict("standstill", f"equal up to frame {theirs.attempts[-1].seek}, which the reference decodes again")
     lines = list(differing_segments(ours.result, theirs.result))
     return Verdict("different", "; ".join(lines)) if lines else EQUAL
 
