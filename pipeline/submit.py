@@ -301,7 +301,7 @@ def _plain_refusals() -> Iterator[None]:
     except AuthenticationError as error:
         raise UsageError(f"{_line(error)} (set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, the cluster's token)") from None
     except (OSError, RuntimeError, ValueError, TypeError) as error:
-        raise UsageError(f"the Ray cluster does not take the job: {_line(error)}") from None
+        raise UsageError(f"Ray's job server: {_line(error)}") from None
 
 
 def _broken_connections() -> tuple[type[BaseException], ...]:
