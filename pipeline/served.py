@@ -161,7 +161,7 @@ def _running(name: str) -> dict[str, Any]:
     if name not in applications:
         raise ConfigError(f"serve.app {name!r}: no such application on this cluster; there: {_listed(applications)}")
     status = applications[name].status
-    if status not in ("RUNNING", "DEPLOYING"):
+    if status not in ("RUNNING", "DEPLOYING", "UNHEALTHY"):  # the last also while a replica is being replaced
         raise ConfigError(f"serve.app {name!r} is {status}: {applications[name].message.strip()[:300]}")
     deployments: dict[str, Any] = applications[name].deployments
     return deployments

@@ -16,7 +16,7 @@ import pytest
 from audio_files import tone, write_wav
 from rich.console import Console
 
-from pipeline import job, report
+from pipeline import job, report, served
 from pipeline.config import Config, Fault, load_config
 from pipeline.demo import clips_path
 from pipeline.engine import EngineConfig, engine_config
@@ -84,6 +84,14 @@ def test_names_of_deployments_are_names_of_files() -> None:
         AppArgs.model_validate({"models": [{"modell": "demo"}]})
 
 
+def test_ray_says_of_a_dead_actor_that_its_node_died() -> None:
+    """In words only, and in its binary: a Ray that words it otherwise would make engines' deaths of lost nodes."""
+    import ray
+
+    server = Path(ray.__file__).parent / "core" / "src" / "ray" / "gcs" / "gcs_server"
+    assert served._NODE_DEATH.encode() in server.read_bytes()
+
+
 def test_the_job_reserves_no_engine_beside_an_application() -> None:
     on_gpus = served_pools(12, replicas=3, on_gpu=True, config=settings(engine="serve"))
     assert (on_gpus.engines, on_gpus.engine_cpus, on_gpus.engine_gpus, on_gpus.decode_tasks) == (3, 0, 0, 12)
@@ -117,8 +125,8 @@ def test_tables_are_a_local_runs(
     for name in ("en-three.flac", "de-two.flac", "es-two.m4a"):
         shutil.copy(clips_path() / name, clips)
     app = deploy("murmuration", model="demo", dtype="float32", lanes=4)
-    served = settings(engine="serve")
-    summary = run(clips, "served", served)
+    on_application = settings(engine="serve")
+    summary = run(clips, "served", on_application)
     assert summary.work is not None
     assert "the application's 1 replica" in summary.work.pools
     run(clips, "local", settings(dtype="float32", pool__engines=1, lanes=3))
@@ -127,7 +135,7 @@ def test_tables_are_a_local_runs(
         assert found[name]
         assert found[name] == [with_scores_of(*pair) for pair in zip(expected[name], found[name], strict=True)]
 
-    assert run(clips, "local", served).work is None
+    assert run(clips, "local", on_application).work is None
     for wrong, said in (
         ({"serve__app": "other"}, f"'other': no such application on this cluster; there: {app}"),
         ({"model": str(DEMO)}, f"does not serve '{DEMO}'; its deployments: engine-demo, front"),
@@ -144,7 +152,7 @@ def test_tables_are_a_local_runs(
     serve.delete(app)
     deploy("murmuration", model="demo", engine="fake")
     with pytest.raises(OutputMismatchError, match="weights"):
-        run(clips, "served", served)
+        run(clips, "served", on_application)
     serve.delete("murmuration")
 
 
