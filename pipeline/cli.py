@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 EXIT_UNEXPECTED = 1
 DEMO_OUTPUT = "demo-out"
-SUBMITTED = ("transcribe", "retry", "finalize", "evaluate")  # what `murmur submit` takes to a cluster
+SUBMITTED = ("transcribe", "retry", "finalize", "verify", "clean", "evaluate")  # what `murmur submit` takes
 
 app = typer.Typer(
     name="murmur",

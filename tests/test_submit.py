@@ -131,6 +131,12 @@ def test_the_exit_code_is_the_commands(status: str, driver: int | None, code: in
     assert exit_code(SimpleNamespace(status=status, driver_exit_code=driver)) == code
 
 
+def test_every_command_that_may_be_submitted_has_an_output() -> None:
+    for name in cli.SUBMITTED:
+        arguments = [name, "s3://b/in", *(["--output", "s3://b/out"] if name == "transcribe" else [])]
+        assert cli._parsed(arguments).output in ("s3://b/out", "s3://b/in")
+
+
 # ---- with one
 
 
@@ -173,7 +179,7 @@ def dashboard() -> Iterator[str]:
 
 
 def wait_for(address: str, cluster: subprocess.Popen[bytes], said: Path) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 200
     while cluster.poll() is None and time.monotonic() < deadline:
         with suppress(OSError):
             urllib.request.urlopen(f"{address}/api/version", timeout=5).close()
@@ -184,7 +190,7 @@ def wait_for(address: str, cluster: subprocess.Popen[bytes], said: Path) -> None
 
 def interrupted(job: list[str], ledger: Path) -> str:
     """What `murmur submit` had said when it was interrupted, as soon as something was committed."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     with subprocess.Popen(command(*job), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as follower:
         while follower.poll() is None and time.monotonic() < deadline and not list(ledger.glob("*.json")):
             time.sleep(0.1)
@@ -196,6 +202,7 @@ def interrupted(job: list[str], ledger: Path) -> str:
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(900)  # half a minute on an idle machine; a cluster and three drivers start
 def test_a_job_is_followed_stopped_and_goes_on(dashboard: str, tmp_path: Path) -> None:
     """Ctrl-C leaves the job running; `ray job stop` ends it resumable; the same again ends with the job's own code."""
     folder, output = tmp_path / "in", tmp_path / "out"
