@@ -7,6 +7,8 @@ reads from that file and can open nothing else, so a playlist reads nothing.
 - Track: the audio stream libav calls best (`av_find_best_stream`), the same on every run.
 - Channels (`mix`): their average, over blocks of one second. Where the channels cancel each other in a block, the
   louder channel is used and the stream flagged `channel_cancelled`.
+- Channels (`split`): all of them, up to eight, in the order of the file's layout; one alone is as with `mix`. Where a
+  file goes on with fewer, the others are silent (`channels_changed`); where it goes on with more, it is damaged.
 - A packet that cannot be decoded is left out (`damaged_packets`); where the timestamps leap over 0.2 s to 60 s, lost
   or never recorded, silence stands for it (`gap_filled`), so that later times stay true.
 - Where a header promises more than there is, or reading ends in an error, `DamagedAudioError` comes after the last
@@ -29,14 +31,9 @@ import numpy as np
 from av.stream import Discard
 from numpy.typing import NDArray
 
-from pipeline.errors import (
-    ConfigError,
-    DamagedAudioError,
-    EmptyAudioError,
-    NoAudioStreamError,
-)
+from pipeline.errors import DamagedAudioError, EmptyAudioError, NoAudioStreamError, TooManyChannelsError
 from pipeline.sliced import SlicedStream
-from pipeline.types import SAMPLE_RATE, Pcm, seconds
+from pipeline.types import MAX_CHANNELS, SAMPLE_RATE, Pcm, seconds
 from pipeline.wav import wav_seconds
 
 # Demuxers that may be used: files of sound or film that hold their own media. Playlists, network sessions, images,
@@ -78,7 +75,7 @@ class Bytes(Protocol):
 
 
 class AudioStream(SlicedStream):
-    """Blocks of a file's samples, to be iterated once: int16 [n], n ≤ 16,000, mono, 16 kHz.
+    """Blocks of a file's samples, to be iterated once: int16 [n] (`split`: [c, n]), n ≤ 16,000, 16 kHz.
 
     `name` is what messages call the file; `offset` and `length` (samples) choose a slice of it. An `AudioError` may
     come at once or after any block, `MemoryError` where libav or numpy may have no more. `flags` is complete when the
@@ -95,8 +92,7 @@ class AudioStream(SlicedStream):
         offset: int | None = None,
         length: int | None = None,
     ) -> None:
-        if channels != "mix":
-            raise ConfigError(f"channels: {channels!r} is not supported yet; mix is")
+        self._channels = channels
         super().__init__(name, max_audio_s, offset, length)
         self._file = file
         self._damage: str | None = None  # what libav said of the first packet it could not decode
@@ -217,14 +213,14 @@ class AudioStream(SlicedStream):
 
     def _blocks(self) -> Iterator[Pcm]:
         """Mono samples in blocks that begin on whole seconds, unless a gap or a new format comes between."""
-        mixer, clock = _Mixer(self.flags), _Clock()
+        mixer, clock = _Split(self.flags, self._name) if self._channels == "split" else _Mixer(self.flags), _Clock()
         convert: Converter | None = None
         form = None
         for frame in self._frames():
             gap = clock.gap_before(frame)
             if gap or form != _form(frame):
                 yield from self._converted(convert, None, mixer)
-                yield from self._silence(gap)
+                yield from map(mixer.widen, self._silence(gap))
                 form = _form(frame)
                 convert = self._converter(frame)
             frame.pts = None
@@ -236,7 +232,7 @@ class AudioStream(SlicedStream):
             raise DamagedAudioError(f"{self._name}: a sample rate of {frame.sample_rate} Hz")
         return _Join() if _form(frame) in _OURS else _Resampler(frame.layout)
 
-    def _converted(self, convert: Converter | None, frame: Any, mixer: _Mixer) -> Iterator[Pcm]:
+    def _converted(self, convert: Converter | None, frame: Any, mixer: _Mixer | _Split) -> Iterator[Pcm]:
         """What the converter has ready with `frame` (None: all that is left in it), mixed."""
         try:
             ready = list(convert(frame)) if convert is not None else []
@@ -351,6 +347,36 @@ class _Mixer:
             self._channel = int(power.argmax())
         self._flags.add("channel_cancelled")
         return np.ascontiguousarray(channels[self._channel])
+
+    def widen(self, silence: Pcm) -> Pcm:
+        return silence
+
+
+class _Split:
+    """Channels → as many as there were at first."""
+
+    def __init__(self, flags: set[str], name: str) -> None:
+        self._flags, self._name = flags, name
+        self._n_channels = 0  # unknown
+
+    def mix(self, channels: NDArray[np.int16]) -> Pcm:
+        """int16 [c, n]; [n] of one channel."""
+        n_channels = len(channels)
+        self._n_channels = self._n_channels or n_channels
+        if n_channels > MAX_CHANNELS:
+            raise TooManyChannelsError(
+                f"{self._name}: {n_channels} channels; channels: split takes {MAX_CHANNELS} (mix takes any)"
+            )
+        if n_channels > self._n_channels:
+            raise DamagedAudioError(f"{self._name}: {self._n_channels} channels become {n_channels}")
+        if n_channels < self._n_channels:
+            self._flags.add("channels_changed")
+            silent = np.zeros((self._n_channels - n_channels, channels.shape[1]), np.int16)
+            channels = np.concatenate([channels, silent])
+        return np.ascontiguousarray(channels) if self._n_channels > 1 else channels[0]
+
+    def widen(self, silence: Pcm) -> Pcm:
+        return np.tile(silence, (self._n_channels, 1)) if self._n_channels > 1 else silence
 
 
 def _form(frame: Any) -> tuple[str, str, int]:

@@ -156,15 +156,6 @@ class Config(_Frozen):
             raise ValueError(f"language: {self.language!r} is not a lower-case code such as 'en', nor 'window'")
         return self
 
-    def refuse_unsupported(self) -> None:
-        """Raises `ConfigError` for a setting that has its place here and no effect yet: never ignored."""
-        asked = {
-            "channels: split": self.channels == "split",
-        }
-        for setting, is_set in asked.items():
-            if is_set:
-                raise ConfigError(f"{setting} does not exist yet; leave it out")
-
     def decode_options(self) -> DecodeOptions:
         """The options every recording has unless its manifest line says otherwise."""
         return DecodeOptions(

@@ -37,7 +37,6 @@ from pipeline.config import Fault
 from pipeline.decoder_wire import WINDOW, Frame, Tag, Wire
 from pipeline.errors import (
     AudioError,
-    ConfigError,
     DamagedAudioError,
     DecodeMemoryError,
     DecoderCrashError,
@@ -45,6 +44,7 @@ from pipeline.errors import (
     EmptyAudioError,
     NoAudioStreamError,
     TooLongError,
+    TooManyChannelsError,
 )
 from pipeline.machine import usable_cores
 from pipeline.manifest import public_uri
@@ -65,7 +65,14 @@ Strike = Callable[[], Fault | None]
 
 _RAISED = {
     error.kind: error
-    for error in (EmptyAudioError, NoAudioStreamError, DamagedAudioError, TooLongError, DecodeMemoryError)
+    for error in (
+        EmptyAudioError,
+        NoAudioStreamError,
+        DamagedAudioError,
+        TooLongError,
+        TooManyChannelsError,
+        DecodeMemoryError,
+    )
 }
 
 
@@ -97,12 +104,10 @@ def open_audio(
     timeout_s: float | None = None,
     strike: Strike | None = None,
 ) -> Audio:
-    """The sound of a recording. Raises an `AudioError` where it cannot be had, `ConfigError` for `channels`.
+    """The sound of a recording. Raises an `AudioError` where it cannot be had.
 
     `strike` is asked at each try for the fault of stage `decode` that the decoder's process is to suffer.
     """
-    if channels != "mix":
-        raise ConfigError(f"channels: {channels!r} is not supported yet; mix is")
     source = Source(recording.uri)
     try:
         fault = strike() if strike else None

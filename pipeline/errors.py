@@ -17,7 +17,7 @@
     │   ├── EmptyAudioError, NoAudioStreamError             there is no sound in them
     │   ├── DamagedAudioError                               there is, and no decoder can read it
     │   ├── DecoderCrashError                               they end the decoder's process
-    │   └── TooLongError, DecodeTimeoutError, DecodeMemoryError     a limit was reached
+    │   └── TooLongError, TooManyChannelsError, DecodeTimeoutError, DecodeMemoryError     a limit was reached
     └── EngineError         costs its Unit only
         ├── EngineMemoryError, NonFiniteError
         └── WorkerCrashError    its process died with it alone, again and again
@@ -118,6 +118,10 @@ class EmptyAudioError(AudioError):
 
 class NoAudioStreamError(AudioError):
     kind = "no_audio_stream"
+
+
+class TooManyChannelsError(AudioError):
+    kind = "too_many_channels"
 
 
 class DamagedAudioError(AudioError):

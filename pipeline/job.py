@@ -289,7 +289,6 @@ def _keys(config: Config, dtype: str, weights: str, revision: str | None) -> dic
 def identify(config: Config, cluster: Cluster) -> tuple[str, str | None]:
     """(hash of the weights, the model's revision): its files found, fetched if need be, and looked over; or what a
     running application says of its own."""
-    config.refuse_unsupported()
     if config.engine == "serve":
         served = cluster.application(config).model
         return served.weights, served.revision

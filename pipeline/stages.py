@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from pipeline import logs
+from pipeline import channels, logs
 from pipeline.census import ALONE, BLOCK_DEATHS, CRASHES, DEFERRED, IN_A_ROW, LATER, Verdict
 from pipeline.config import Config
 from pipeline.engine import Engine, EngineConfig, load_engine
@@ -61,6 +61,7 @@ UNIT_ROW = pa.schema(
         ("index", pa.int32()),
         ("start", pa.int64()),
         ("is_last", pa.bool_()),
+        ("channels", pa.int8()),  # of `pcm` and `speech`; null: they have no such dimension
         ("pcm", pa.binary()),  # null: decoding failed
         ("speech", pa.binary()),
         ("language_pcm", pa.binary()),
@@ -247,7 +248,8 @@ class EngineStage:
         async with self._door.opened(_n_windows(unit, self._options)):
             began = time.monotonic()
             try:
-                result = await engine.submit(unit, self._options)
+                parts = (engine.submit(one, self._options) for one in channels.split(unit))
+                result = channels.merge(await asyncio.gather(*parts))
             except (EngineError, ConfigError) as error:  # the latter: what a manifest line asks of this model
                 result = failed_unit(unit, failure_of(error, "engine"))
             if result.failure is None:
@@ -290,7 +292,7 @@ def _n_windows(unit: Unit, options: DecodeOptions) -> int:
     """How many of its windows can be in lanes at once, about."""
     if options.algorithm == "sequential":
         return 1
-    return max(1, -(-unit.n_samples // (options.chunk_length_s * SAMPLE_RATE)))
+    return max(1, -(-unit.pcm.size // (options.chunk_length_s * SAMPLE_RATE)))
 
 
 def _set_up_worker(config: Config, census: Any) -> None:
@@ -439,7 +441,8 @@ def unit_to_row(item: Unit | UnitResult) -> dict[str, Any]:
     }
     if isinstance(item, UnitResult):
         return row | {"failure": json.dumps(dataclasses.asdict(item.failure)) if item.failure else None}
-    return row | {name: _bytes(getattr(item, name)) for name in ("pcm", "speech", "language_pcm")}
+    arrays = {name: _bytes(getattr(item, name)) for name in ("pcm", "speech", "language_pcm")}
+    return row | arrays | {"channels": len(item.pcm) if item.pcm.ndim == 2 else None}
 
 
 def unit_from_row(row: Mapping[str, Any]) -> Unit | UnitResult:
@@ -456,9 +459,10 @@ def unit_from_row(row: Mapping[str, Any]) -> Unit | UnitResult:
     if row["pcm"] is None:
         # A failed recording's row has no samples, wherever in it decoding ended.
         return UnitResult(n_samples=0, failure=Failure(**json.loads(row["failure"])), **common)
+    shape = (-1,) if row["channels"] is None else (row["channels"], -1)
     return Unit(
-        pcm=np.frombuffer(row["pcm"], np.int16),
-        speech=_array(row["speech"], np.uint8),
+        pcm=np.frombuffer(row["pcm"], np.int16).reshape(shape),
+        speech=_array(row["speech"], np.uint8, shape),
         language_pcm=_array(row["language_pcm"], np.int16),
         **common,
     )
@@ -478,5 +482,5 @@ def _bytes(array: np.ndarray[Any, Any] | None) -> bytes | None:
     return None if array is None else np.ascontiguousarray(array).tobytes()
 
 
-def _array(buffer: Any, dtype: type[np.generic]) -> Any:
-    return None if buffer is None else np.frombuffer(buffer, dtype)
+def _array(buffer: Any, dtype: type[np.generic], shape: tuple[int, ...] = (-1,)) -> Any:
+    return None if buffer is None else np.frombuffer(buffer, dtype).reshape(shape)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipeline.channels import merged, tagged
 from pipeline.config import Config
 from pipeline.engine import Engine
 from pipeline.manifest import default_id
@@ -35,5 +36,5 @@ def transcribe(
             else:
                 unreadable.append(item)
 
-    done = list(engine.run(units(), options))
+    done = merged(engine.run(tagged(units()), options))
     return stitch(done + unreadable)

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 SAMPLE_RATE = 16_000
 VAD_FRAME = 512  # samples; Silero's hop at 16 kHz, 32 ms. Unit and span cuts lie on multiples of it.
 
+MAX_CHANNELS = 8  # that are transcribed apart: 7.1
+
 Algorithm = Literal["windows", "sequential"]
 Task = Literal["transcribe", "translate"]
 Status = Literal["ok", "failed", "skipped"]
@@ -95,9 +97,10 @@ class Unit:
     recording: Recording
     index: int  # 0, 1, 2 ... within the recording
     start: int  # its first sample within the recording (or slice)
-    pcm: Pcm  # int16 [n], mono, 16 kHz
+    pcm: Pcm  # int16 [n], 16 kHz; [c, n] where channels are transcribed apart, see `pipeline.channels`
     is_last: bool
-    speech: NDArray[np.uint8] | None = None  # [ceil(n / VAD_FRAME)] speech probability x 255; None: no VAD was run
+    # [ceil(n / VAD_FRAME)] (or that of each channel) speech probability x 255; None: no VAD was run
+    speech: NDArray[np.uint8] | None = None
     language_pcm: Pcm | None = None  # the recording's first speech, if it lies in an earlier Unit; else None
     flags: tuple[str, ...] = ()
     attempts: int = 1  # how often its source was asked, or its decoder was started, until the audio was there
@@ -105,7 +108,7 @@ class Unit:
 
     @property
     def n_samples(self) -> int:
-        return len(self.pcm)
+        return int(self.pcm.shape[-1])
 
 
 @dataclass(frozen=True, slots=True)

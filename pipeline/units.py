@@ -7,11 +7,13 @@ Cutting is pure and streams: `cut_units` holds one unit of audio and what the de
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from copy import deepcopy
 from dataclasses import replace
 from itertools import chain
 
 import numpy as np
 
+from pipeline.channels import first_speech
 from pipeline.config import Config
 from pipeline.decoder import Audio, Strike, open_audio
 from pipeline.errors import AudioError, DamagedAudioError, failure_of
@@ -35,9 +37,10 @@ def cut_units(
 ) -> Iterator[Unit]:
     """The Units of a stream of audio, at least one, the last one marked.
 
-    `vad` is a fresh detector, or None: then `speech` is None and units are cut where the audio is quietest. Units
-    are at most `unit_length_s` long (`sequential`: `sequential_max_s`) and cut as `cut_frame` says. Every Unit after
-    the one in which speech begins carries that beginning as `language_pcm`.
+    Blocks are [n], or [c, n] where channels are transcribed apart: these are cut at the same points, where none of
+    them speaks. `vad` is a fresh detector, or None: then `speech` is None and units are cut where the audio is
+    quietest. Units are at most `unit_length_s` long (`sequential`: `sequential_max_s`) and cut as `cut_frame` says.
+    Every Unit after the one in which speech begins carries that beginning as `language_pcm`.
     """
     limit = (sequential_max_s if algorithm == "sequential" else unit_length_s) * SAMPLE_RATE // VAD_FRAME
     pending = _Pending(vad)
@@ -53,11 +56,14 @@ def cut_units(
             if index and algorithm == "sequential":
                 flags = (RESTART, *flags)
             unit = Unit(recording, index, start, pcm, not more, speech, language_pcm, flags)
+            if pcm.ndim == 2 and language_pcm is None:  # the channels' Units must not each detect one of their own
+                language_pcm = first_speech(unit)
+                unit = replace(unit, language_pcm=language_pcm)
             yield unit
             if not more:
                 return
-            language_pcm = language_slice(unit) if language_pcm is None else language_pcm
-            index, start = index + 1, start + len(pcm)
+            language_pcm = language_slice(unit) if language_pcm is None and pcm.ndim == 1 else language_pcm
+            index, start = index + 1, start + unit.n_samples
 
 
 def cut_frame(values: Frames, limit: int) -> tuple[int, bool]:
@@ -158,50 +164,56 @@ class _Pending:
     """Audio that is in no Unit yet, and what the detector has said about it so far."""
 
     def __init__(self, vad: SileroVad | None) -> None:
-        self._vad = vad
+        self._vads = None if vad is None else [vad]  # one a channel
         self._blocks: list[Pcm] = []
         self._n_samples = 0
-        self._speech = np.zeros(0, np.uint8)
+        self._speech: Frames | None = None  # [frames] or [c, frames]; None: nothing was heard yet
 
     def push(self, block: Pcm) -> None:
         self._blocks.append(block)
-        self._n_samples += len(block)
-        if self._vad is not None:
-            self._hear(self._vad.push(block))
+        self._n_samples += block.shape[-1]
+        if self._vads is not None:
+            channels = np.atleast_2d(block)
+            self._vads += [deepcopy(self._vads[0]) for _ in channels[len(self._vads) :]]  # fresh: it is the first block
+            self._hear([vad.push(channel) for vad, channel in zip(self._vads, channels, strict=True)])
 
     def finish(self) -> None:
-        if self._vad is not None:
-            self._hear(self._vad.finish())
+        if self._vads is not None:
+            self._hear([vad.finish() for vad in self._vads])
 
     def has_more_than(self, n_frames: int) -> bool:
         """Whether the next unit must be cut, and all that decides where is known."""
-        heard = self._vad is None or len(self._speech) >= n_frames
+        heard = self._vads is None or (self._speech is not None and self._speech.shape[-1] >= n_frames)
         return heard and self._n_samples > n_frames * VAD_FRAME
 
     def take(self, limit: int) -> tuple[Pcm, Frames | None, tuple[str, ...]]:
         """The next unit of at most `limit` frames: its audio, its speech, its flags."""
-        if self._vad is None:
-            loudness = energy(self._joined()[: limit * VAD_FRAME])
+        if self._speech is None:
+            audio = np.atleast_2d(self._joined()[..., : limit * VAD_FRAME])
+            loudness = np.sum([energy(channel) for channel in audio], axis=0)
             return *self._split(lowest(loudness, 2 * limit // 3, limit)), ()
-        frame, hard = cut_frame(self._speech[:limit], limit)
+        frame, hard = cut_frame(np.atleast_2d(self._speech)[:, :limit].max(axis=0), limit)
         return *self._split(frame), (HARD_CUT,) if hard else ()
 
     def take_rest(self) -> tuple[Pcm, Frames | None, tuple[str, ...]]:
         return *self._split(-(-self._n_samples // VAD_FRAME)), ()
 
-    def _hear(self, found: Frames) -> None:
-        if len(found):
-            self._speech = np.concatenate([self._speech, found])
+    def _hear(self, found: list[Frames]) -> None:
+        frames = found[0] if len(found) == 1 else np.stack(found)
+        self._speech = frames if self._speech is None else np.concatenate([self._speech, frames], axis=-1)
 
     def _split(self, frame: int) -> tuple[Pcm, Frames | None]:
         audio, at = self._joined(), frame * VAD_FRAME
         # Copies: a Unit that is a view would keep what follows it alive, and the other way round.
-        self._blocks = [audio[at:].copy()]
-        self._n_samples = len(self._blocks[0])
-        speech, self._speech = self._speech[:frame].copy(), self._speech[frame:]
-        return audio[:at].copy(), believed(speech) if self._vad is not None else None
+        self._blocks = [audio[..., at:].copy()]
+        self._n_samples = self._blocks[0].shape[-1]
+        if self._speech is None:
+            return audio[..., :at].copy(), None
+        speech, self._speech = self._speech[..., :frame].copy(), self._speech[..., frame:]
+        heard = believed(speech) if speech.ndim == 1 else np.stack([believed(channel) for channel in speech])
+        return audio[..., :at].copy(), heard
 
     def _joined(self) -> Pcm:
         if len(self._blocks) != 1:
-            self._blocks = [np.concatenate([np.zeros(0, np.int16), *self._blocks])]
+            self._blocks = [np.concatenate(self._blocks, axis=-1) if self._blocks else np.zeros(0, np.int16)]
         return self._blocks[0]

@@ -21,7 +21,6 @@ from pipeline.audio import AudioStream
 from pipeline.decoder import open_audio
 from pipeline.errors import (
     AudioError,
-    ConfigError,
     DamagedAudioError,
     EmptyAudioError,
     NoAudioStreamError,
@@ -249,11 +248,6 @@ def test_many_channels_are_averaged(layout: str, n: int, tmp_path: Path) -> None
     if layout in ("5.1", "7.1"):
         pcm, _ = read(write_audio(tmp_path / "b.m4a", np.stack([tone(80, 1.0, 48_000)] * n), 48_000, layout=layout))
         assert level(pcm) == pytest.approx(0.25, rel=0.05)  # 80 Hz: the last channel carries no more
-
-
-def test_split_is_refused() -> None:
-    with pytest.raises(ConfigError, match="split"):
-        open_audio(Recording("id", "/nowhere"), channels="split", max_audio_s=10)
 
 
 # ---- slices

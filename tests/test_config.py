@@ -117,11 +117,3 @@ def test_only_what_changes_a_result_is_in_the_fingerprint() -> None:
 
 def test_known_keys_are_dotted() -> None:
     assert {"model", "pool.engines", "ray.address", "fake.faults"} <= set(known_keys())
-
-
-@pytest.mark.parametrize("setting", ["channels=split"])
-def test_a_setting_without_effect_yet_is_refused(setting: str) -> None:
-    config = load_config(sets=[setting], env={})
-    with pytest.raises(ConfigError, match=setting.partition("=")[0]):
-        config.refuse_unsupported()
-    load_config(env={}).refuse_unsupported()

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from audio_files import tone, write_wav
+from audio_files import tone, write_audio, write_wav
 from commands import FAKE, last_json, murmur
 from rich.console import Console
 
@@ -188,6 +189,31 @@ def test_shards_parquet_and_a_shuffled_list_that_grew_and_shrank(
     assert again.work.recordings == 10
     assert again.counts == {"inputs": 29, "ok": 29, "failed": 0, "skipped": 0, "missing": 0, "unlisted": 5}
     assert len(rows(output, "recordings")) == 34
+
+
+@pytest.mark.ray
+def test_channels_apart_are_what_they_are_without_ray(
+    ray_cluster: None, run: Callable[..., report.Summary], output: str, fake_config: Callable[..., Config],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    folder = tmp_path / "in"
+    write_wav(folder / "two.wav", np.stack([tone(300, 70.0), tone(400, 70.0)]))
+    write_wav(folder / "one.wav", tone(300, 3.0))
+    write_audio(folder / "six.wav", np.stack([tone(200 + 50 * i, 2.0) for i in range(6)]), layout="5.1")
+    write_audio(folder / "many.wav", np.zeros((16, 16_000), np.int16), layout="hexadecagonal")
+    config = fake_config(vad="none", unit_length_s=30, channels="split", chunk_level="word")
+    summary = run([folder], config)
+    assert (summary.counts["ok"], summary.counts["failed"], summary.audio_s) == (3, 1, 75.0)
+    engine = load_engine(engine_config(config))
+    transcripts = [transcribe(r, engine, config.decode_options(), config) for r in read_inputs([str(folder)])]
+    assert committed(output) == {t.recording.id: t for t in transcripts}
+    channels: dict[str, set[int]] = {}
+    for row in rows(output, "segments"):
+        channels.setdefault(Path(row["recording_id"]).stem, set()).add(row["channel"])
+    assert channels == {"one": {0}, "two": {0, 1}, "six": set(range(6))}
+    assert {row["channel"] for row in rows(output, "words")} == set(range(6))
+    failed = [row["error_kind"] for row in rows(output, "recordings") if row["status"] == "failed"]
+    assert failed == ["too_many_channels"]
 
 
 @pytest.mark.ray

@@ -16,7 +16,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
      "pipeline.stopwatch", "pipeline.logs", "pipeline.metrics"),
     ("pipeline.demo",),
     (
-        "pipeline.manifest", "pipeline.tars", "pipeline.cells", "pipeline.audio", "pipeline.decoder",
+        "pipeline.manifest", "pipeline.tars", "pipeline.cells", "pipeline.channels",
+        "pipeline.audio", "pipeline.decoder",
         "pipeline.decoder_child", "pipeline.decoder_wire", "pipeline.source", "pipeline.sliced", "pipeline.wav",
         "pipeline.vad", "pipeline.units", "pipeline.windows",
         "pipeline.stitch", "pipeline.formats", "pipeline.scoring", "pipeline.schema", "pipeline.store",

@@ -114,7 +114,6 @@ def load_engine(config: EngineConfig) -> Engine:
 
 def engine_config(config: Config, threads: int | None = None) -> EngineConfig:
     """The engine's part of the run's settings. Raises `ConfigError` for settings that nothing honours yet."""
-    config.refuse_unsupported()
     if config.engine == "serve":
         raise ConfigError("engine: serve is the job's, on the cluster where the application runs: it needs --output")
     return EngineConfig(
