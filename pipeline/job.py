@@ -4,37 +4,32 @@
 
 What can be refused is refused before any model is loaded: settings, manifest, model, output, lease. What was
 committed stays: killed at any moment, the same command again does only what is missing, and a finished run again
-starts no Ray. What Ray runs is in `stages.py`, how many of it in `pools.py`, what a commit is in `sink.py`.
+starts no Ray. What Ray runs is in `stages.py`, how many of it in `pools.py`, what a commit is in `sink.py`, who died
+with what in `census.py`, Ray itself in `cluster.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-import os
-import signal
-import sys
-import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.console import Console
 
 from pipeline import changes, todo
-from pipeline.census import STORE_WIDE, Census
-from pipeline.config import Config, RayConfig, fingerprint_keys
+from pipeline.census import STORE_WIDE
+from pipeline.cluster import Cluster, counting_processes, plain_errors
+from pipeline.config import Config, fingerprint_keys
 from pipeline.engine import EngineConfig, engine_config
 from pipeline.engine.checkpoint import model_fingerprint, read_json, resolve_model, revision_of
 from pipeline.engine.fake import Faults
 from pipeline.engine.tokens import Tokenizer, check_options
-from pipeline.errors import ConfigError, MurmurError, OutputError, StoreError
+from pipeline.errors import OutputError, StoreError
 from pipeline.finalize import Success, finalize
 from pipeline.journal import Journal
 from pipeline.lease import Lease
@@ -42,19 +37,16 @@ from pipeline.ledger import Ledger
 from pipeline.machine import has_bfloat16
 from pipeline.manifest import filesystem, read_inputs, source_error
 from pipeline.output import Output, open_output, read_output, refuse_mismatch, write_inputs
-from pipeline.pools import Node, Pools, served_pools, size_pools
+from pipeline.pools import Pools, served_pools, size_pools
 from pipeline.progress import Standing, progress
 from pipeline.report import Summary, Work, exit_code, number_of
-from pipeline.served import Application
 
 log = logging.getLogger(__name__)
-_T = TypeVar("_T")
 
 TRIES = 3  # of Ray, at what it has lost
 MAX_CALLS = 200  # blocks after which a decode worker is replaced, whatever a codec has leaked by then
 RECORDINGS_PER_SHARD = 5_000  # of an hour each: files of some 250 MB, built in one process's memory
 MAX_SHARDS = 1_000
-LOCAL_CPUS = 4  # logical CPUs of a cluster started here, at least: two would be an engine's and a decoder's
 
 
 def run(
@@ -359,166 +351,3 @@ def refuse_if_down(known_good: Mapping[str, str]) -> None:
                 raise StoreError(
                     f"{store} refuses what it gave before ({reason}); nothing is marked as failed"
                 ) from None
-
-
-# ---- Ray
-
-
-@contextmanager
-def counting_processes() -> Iterator[Any]:
-    """The handle of the run's `Census`, on this node: it goes when the driver goes."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    census = ray.remote(Census).options(num_cpus=0, scheduling_strategy=here).remote(_alive_nodes)
-    try:
-        yield census
-    finally:
-        ray.kill(census)
-
-
-def _alive_nodes() -> set[str]:
-    import ray
-
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-
-
-class Cluster:
-    """The Ray cluster of a run, joined or started when it is first needed; stopped again if it was started here."""
-
-    def __init__(self, config: RayConfig) -> None:
-        self.is_connected = False
-        self._config = config
-        self._application: Application | None = None
-        self._exit = ExitStack()
-
-    def __enter__(self) -> Cluster:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._exit.close()
-
-    def nodes(self) -> list[Node]:
-        """The nodes that are there now."""
-        import ray
-
-        self._connect()
-        alive = (node["Resources"] for node in ray.nodes() if node["Alive"])
-        return [Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in alive]
-
-    def free_cpus(self) -> float:
-        """Logical CPUs that nothing holds now, a running application's replicas among it."""
-        import ray
-
-        self._connect()
-        return float(ray.available_resources().get("CPU", 0.0))
-
-    def application(self, config: Config) -> Application:
-        """The running application that `engine: serve` asks for. Raises `ConfigError` where there is none."""
-        import ray
-
-        if self._application is None:
-            if not (ray.is_initialized() or self._config.address or os.environ.get("RAY_ADDRESS")):
-                raise ConfigError("engine: serve needs the cluster where the application runs: set ray.address")
-            self._connect()
-            self._application = Application.find(config)
-        return self._application
-
-    def ask_nodes(self, question: Callable[[], _T]) -> list[_T]:
-        """The answer of every node that has CPUs."""
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        self._connect()
-        ids = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-        there = (NodeAffinitySchedulingStrategy(node_id=id, soft=False) for id in ids)
-        answers: list[_T] = ray.get(
-            [ray.remote(question).options(num_cpus=0, scheduling_strategy=where).remote() for where in there]
-        )
-        return answers
-
-    def _connect(self) -> None:
-        if self.is_connected:
-            return
-        import ray
-        from ray.data import DataContext
-
-        if not ray.is_initialized():
-            self._init()
-        # A run that ends early, or has less to write than it might have had: nobody needs to be told.
-        warnings.filterwarnings("ignore", "The maximum number of concurrent tasks for", UserWarning)
-        context = DataContext.get_current().copy()
-        context.enable_progress_bars = context.print_on_execution_start = log.isEnabledFor(logging.DEBUG)
-        context.raise_original_map_exception = True  # our own errors come back as themselves, see `plain_errors`
-        context.enable_fallback_to_arrow_object_ext_type = False  # what Arrow has no type for is a mistake of ours
-        self._exit.enter_context(DataContext.current(context))
-        self.is_connected = True
-
-    def _init(self) -> None:
-        import ray
-
-        verbose = log.isEnabledFor(logging.DEBUG)
-        address = self._config.address or os.environ.get("RAY_ADDRESS")
-        common = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.CRITICAL}
-        handler = signal.getsignal(signal.SIGTERM)
-        try:
-            with nullcontext() if verbose else _quiet_core():
-                if address:
-                    ray.init(address=address, **common)
-                else:
-                    ray.init(
-                        address="local",
-                        num_cpus=self._config.num_cpus or max(LOCAL_CPUS, os.cpu_count() or 1),
-                        object_store_memory=self._config.object_store_mb and self._config.object_store_mb << 20,
-                        include_dashboard=False,
-                        _node_ip_address="127.0.0.1",  # no port of a local cluster is seen from outside
-                        **common,
-                    )
-        except ConnectionError as error:
-            raise ConfigError(f"ray.address {address}: no Ray cluster answers there ({error})") from None
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)  # ray.init puts its own in place of the command's
-        if not verbose:
-            _hush("ray.data")
-        self._exit.callback(ray.shutdown)
-
-
-@contextmanager
-def _quiet_core() -> Iterator[None]:
-    """Ray's C++ side writes to stderr past Python: a warning for every actor pool (of Ray Data's own making, ray issue
-    53727), and if it is told not to, that it was told so."""
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-
-
-def _hush(logger: str) -> None:
-    """Errors reach the user as one line of ours; the library's own account of them stays in its log file."""
-    for handler in logging.getLogger(logger).handlers:
-        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
-            handler.setLevel(logging.CRITICAL)
-
-
-@contextmanager
-def plain_errors() -> Iterator[None]:
-    """Our own errors, which Ray raises with the worker's traceback in their text, as they were raised there."""
-    from ray.exceptions import RayTaskError
-
-    try:
-        yield
-    except RayTaskError as error:
-        cause = error.cause
-        line = str(cause).partition("\n")[0]
-        if isinstance(cause, MurmurError):
-            raise type(cause)(line) from None
-        raise RuntimeError(f"{type(cause).__name__} in a worker: {line}") from error

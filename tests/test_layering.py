@@ -31,6 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
      "pipeline.report_page", "pipeline.report", "pipeline.progress", "pipeline.verify", "pipeline.clean",
      "pipeline.served"),
     ("pipeline.stages",),
+    ("pipeline.cluster",),
     ("pipeline.job", "pipeline.submit", "pipeline.bench"),
     ("pipeline.cli",),
 )  # fmt: skip
@@ -38,7 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 # A library → the modules (and packages) that may import it.
 PLACES: dict[str, tuple[str, ...]] = {
     "ray": (
-        "pipeline.stages", "pipeline.job", "pipeline.sink", "pipeline.finalize", "pipeline.submit",
+        "pipeline.stages", "pipeline.cluster", "pipeline.job", "pipeline.sink", "pipeline.finalize", "pipeline.submit",
         "pipeline.served",  # the handle to a running application: below the stage, and `serve_app` names it too
         "serve_app.deployment",
     ),
