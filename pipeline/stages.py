@@ -19,7 +19,7 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -212,7 +212,8 @@ class EngineStage:
         if isinstance(self._engine, MurmurError):
             raise self._engine
         items = [unit_from_row(row) for row in rows_of(units)]
-        async with self._turn if self._alone else nullcontext():
+        windows = sum(_n_windows(item, self._options) for item in items if isinstance(item, Unit))
+        async with self._turn if self._alone else self._door.opened(windows):
             results = await self._results(items, self._engine)
         return to_table((unit_row(result) for result in results), UNITS)
 
@@ -245,27 +246,26 @@ class EngineStage:
             return await self._submitted(unit, engine)
 
     async def _submitted(self, unit: Unit, engine: AnyEngine) -> UnitResult:
-        async with self._door.opened(_n_windows(unit, self._options)):
-            began = time.monotonic()
-            try:
-                parts = (engine.submit(one, self._options) for one in channels.split(unit))
-                result = channels.merge(await asyncio.gather(*parts))
-            except (EngineError, ConfigError) as error:  # the latter: what a manifest line asks of this model
-                result = failed_unit(unit, failure_of(error, "engine"))
-            if result.failure is None:
-                self._gauges.transcribed(unit)
-            else:
-                log.warning("Unit %d: %s: %s", unit.index, result.failure.kind, result.failure.message)
-            engine_s = time.monotonic() - began
-            meters().spent(Spent(engine_s=engine_s))
-            return dataclasses.replace(result, spent=dataclasses.replace(unit.spent or Spent(), engine_s=engine_s))
+        began = time.monotonic()
+        try:
+            parts = (engine.submit(one, self._options) for one in channels.split(unit))
+            result = channels.merge(await asyncio.gather(*parts))
+        except (EngineError, ConfigError) as error:  # the latter: what a manifest line asks of this model
+            result = failed_unit(unit, failure_of(error, "engine"))
+        if result.failure is None:
+            self._gauges.transcribed(unit)
+        else:
+            log.warning("Unit %d: %s: %s", unit.index, result.failure.kind, result.failure.message)
+        engine_s = time.monotonic() - began
+        meters().spent(Spent(engine_s=engine_s))
+        return dataclasses.replace(result, spent=dataclasses.replace(unit.spent or Spent(), engine_s=engine_s))
 
 
 class Door:
-    """Lets Units into the engine in their order, until their windows fill its lanes twice.
+    """Lets calls into the engine in their order, until the windows of their Units fill its lanes twice.
 
     The engine shares its lanes fairly: with more Units in it than it needs, all would end late, and a kill would cost
-    what each had so far.
+    what each had so far, and make more of them suspect.
     """
 
     def __init__(self, limit: int = 1) -> None:
