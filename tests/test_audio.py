@@ -431,11 +431,13 @@ def test_a_header_only(kind: str, tmp_path: Path) -> None:
         np.random.default_rng(3).bytes(50_000),
         b"PK\x03\x04" + np.random.default_rng(4).bytes(5_000),
         b"%PDF-1.7\n" + np.random.default_rng(5).bytes(5_000),
+        b"\xff\xd8\xff\xe0\0\x10JFIF\0" + np.random.default_rng(6).bytes(5_000),
+        b"\x7fELF\2\1\1" + np.random.default_rng(7).bytes(5_000),
         b"<!doctype html><html><body>Not found</body></html>",
         b"1\n00:00:00,000 --> 00:00:01,000\nhello\n\n" * 20,
         b'{"audio_filepath": "a.wav"}\n' * 100,
     ],
-    ids=["byte", "zeros", "random", "zip", "pdf", "html", "subtitles", "manifest"],
+    ids=["byte", "zeros", "random", "zip", "pdf", "jpeg", "executable", "html", "subtitles", "manifest"],
 )
 def test_what_is_no_audio(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.wav").write_bytes(content)

@@ -104,6 +104,7 @@ def measure(path: Path, duration_s: float, rounds: int) -> Figures:
     cores = {name: median(one[name][0] for one in taken) for name in ways}
     walls = {name: median(one[name][1] for one in taken) for name in ways}
     return {
+        "core_s_per_audio_hour": round(cores["job"] / duration_s * 3600, 3),
         "hours_per_core_hour": round(duration_s / cores["job"]),
         "hours_per_core_hour_in_process": round(duration_s / cores["here"]),
         "hours_per_core_hour_with_vad": round(duration_s / cores["with_vad"]),
@@ -229,10 +230,14 @@ def main() -> None:
         result["files_of_a_second"] = {kind: measure_small(path, 300) for kind, path in second.items()}
         result["start"] = measure_start(second["flac"])
         result["far_away"] = measure_far(paths["flac 44.1 kHz stereo"], options.rounds)
+    # What the README's table of sizes is made of.
+    result["core_s_per_audio_hour"] = {
+        name: found["core_s_per_audio_hour"] for name, found in result["formats"].items()
+    }
     result["machine"] = machine()
     print(f"{'':22} {'h / core-h':>10} {'in process':>10} {'with VAD':>10} {'cores':>7} {'wall':>7}")
     for name, found in result["formats"].items():
-        h, here, vad, cores, wall = found.values()
+        _, h, here, vad, cores, wall = found.values()
         print(f"{name:22} {h:10} {here:10} {vad:10} {cores:7.2f} {wall:7.2f}")
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
