@@ -35,7 +35,7 @@ from pipeline.journal import Journal
 from pipeline.lease import Lease
 from pipeline.ledger import Ledger
 from pipeline.machine import has_bfloat16
-from pipeline.manifest import filesystem, read_inputs, source_error
+from pipeline.manifest import file_of, filesystem, read_inputs, source_error
 from pipeline.output import Output, open_output, read_output, refuse_mismatch, write_inputs
 from pipeline.pools import Pools, served_pools, size_pools
 from pipeline.progress import Standing, progress
@@ -343,7 +343,7 @@ def refuse_if_down(known_good: Mapping[str, str]) -> None:
     for store, recording in known_good.items():
         uri = todo.from_json(recording).uri
         try:
-            fs, path = filesystem(uri)
+            fs, path = filesystem(file_of(uri))
             fs.cat_file(path, start=0, end=1)
         except Exception as error:  # every store's library has exceptions of its own
             reason = source_error(error, uri)

@@ -35,7 +35,7 @@ import fsspec
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline import tars
+from pipeline import cells, tars
 from pipeline.errors import AudioError, ForbiddenError, ManifestError, NotFoundError, SourceError, redact
 from pipeline.tars import is_tar
 from pipeline.types import Recording, Task, samples
@@ -136,6 +136,14 @@ def store_of(uri: str) -> str:
     """The store that `uri` lies on, as it is named in messages: `s3://bucket`, `https://host`, `file` for a disk."""
     scheme, mark, rest = public_uri(uri).split("::")[-1].partition("://")
     return f"{scheme}://{rest.partition('/')[0]}" if mark else "file"
+
+
+def file_of(uri: str) -> str:
+    """The file, as its store knows it, that holds the bytes at `uri`: a shard, a Parquet file, nearly always itself."""
+    if member := tars.parse(uri):
+        return member.shard
+    cell = cells.parse(uri)
+    return cell.file if cell else uri
 
 
 def filesystem(uri: str) -> tuple[Any, str]:
@@ -351,14 +359,16 @@ def _found(place: _Place, uri: str, info: Mapping[str, Any]) -> Recording:
 
 
 def identity(uri: str) -> tuple[int | None, str | None]:
-    """Size and etag of what lies at `uri`; None where they cannot be had, whatever the reason: reading it will tell.
+    """Size and etag of the file at `uri`, of a shard's member or a Parquet file's row those of the whole file.
 
-    HTTP servers are not asked: many answer slowly, or with another etag each time.
+    None where they cannot be had, whatever the reason: reading it will tell. HTTP servers are not asked: many answer
+    slowly, or with another etag each time.
     """
-    if _is_http(uri):
+    file = file_of(uri)
+    if _is_http(file):
         return None, None
     try:
-        fs, path = filesystem(uri)
+        fs, path = filesystem(file)
         fs.invalidate_cache(fs._parent(path))
         return _identity(fs.info(path))
     except Exception:  # every store's library has exceptions of its own
@@ -534,8 +544,6 @@ def _read_parquet(file: Any, place: _Place, base: str) -> Iterator[Recording]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from pipeline import cells
-
     try:
         table = pq.ParquetFile(file)
         audio = cells.audio_column(table.schema_arrow, AUDIO_KEYS)
@@ -552,9 +560,8 @@ def _read_parquet(file: Any, place: _Place, base: str) -> Iterator[Recording]:
 
 def _read_cells(table: Any, place: _Place, base: str, audio: Any) -> Iterator[Recording]:
     """The rows of a Parquet file with audio in it, read without that."""
-    from pipeline import cells
-
     columns = cells.without_bytes(table.schema_arrow, audio)
+    _, etag = identity(place.uri)
     file = place.path if place.is_local else place.uri
     line = 0
     for group in range(table.num_row_groups):
@@ -563,7 +570,8 @@ def _read_cells(table: Any, place: _Place, base: str, audio: Any) -> Iterator[Re
             where = f"{place.name}:{line}"
             path = (row.pop(audio.name, None) or {}).get("path")
             if is_inside:
-                yield _in_cell(row, cells.Address(file, audio.name, line), path, where)
+                recording = _in_cell(row, cells.Address(file, audio.name, line), path, where)
+                yield replace(recording, etag=etag)
             else:
                 yield _listed_in({key: row[key] for key in row if key not in AUDIO_KEYS} | {"path": path}, base, where)
 
