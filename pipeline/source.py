@@ -324,12 +324,12 @@ class _Behind:
 
 def _open_member(member: tars.Address, tries: _Tries) -> _Bytes:
     """A member of a tar shard, its header looked at: the shard may be another one by now."""
-    place = member.place or _places(member.shard).get(member.member)
+    place = member.place or _places(member.shard, _mark(member.shard)).get(member.member)
     if place is None:
         raise FileNotFoundError(member.member)
     part = place[0] - tars.BLOCK, place[1] + tars.BLOCK
     if tars.is_packed(filesystem(member.shard)[1]):
-        found: _Bytes = _Unpacked(tries.sync(lambda: _unpack(member.shard)), part)
+        found: _Bytes = _Unpacked(tries.sync(lambda: _unpack(member.shard, _mark(member.shard))), part)
     else:
         found = _open_part(member.shard, tries, part)
     if found.size < part[1] or not tars.is_header_of(found.read_at(0, tars.BLOCK), member.member, place[1]):
@@ -338,8 +338,17 @@ def _open_member(member: tars.Address, tries: _Tries) -> _Bytes:
     return _Behind(found, tars.BLOCK)
 
 
+def _mark(uri: str) -> tuple[int, ...]:
+    """What changes with a file that lies here; others are taken to stay as they are while this process lives."""
+    fs, path = filesystem(uri)
+    if "file" not in fs.protocol:
+        return ()
+    found = os.stat(path)
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 @functools.lru_cache(maxsize=8)
-def _places(shard: str) -> dict[str, tuple[int, int]]:
+def _places(shard: str, mark: tuple[int, ...]) -> dict[str, tuple[int, int]]:
     fs, path = filesystem(shard)
     with fs.open(path, "rb", block_size=256 << 10) as file:
         return tars.find(file, path)
@@ -369,7 +378,7 @@ class _Unpacked:
 
 
 @functools.lru_cache(maxsize=2)
-def _unpack(shard: str) -> _Spool:
+def _unpack(shard: str, mark: tuple[int, ...]) -> _Spool:
     fs, path = filesystem(shard)
     with fs.open(path, "rb", block_size=RANGE) as file:
         try:
@@ -383,7 +392,7 @@ def _unpack(shard: str) -> _Spool:
 def _open_cell(cell: cells.Address, tries: _Tries) -> _Bytes:
     """The audio in a row of a Parquet file; where there is none, the file that the path beside it names."""
     try:
-        data, path = tries.sync(lambda: _cells(cell.file, cell.column).read(cell.row))
+        data, path = tries.sync(lambda: _cells(cell.file, _mark(cell.file), cell.column).read(cell.row))
     except LookupError as error:
         raise FileNotFoundError(str(error)) from None
     if data is not None:
@@ -395,7 +404,7 @@ def _open_cell(cell: cells.Address, tries: _Tries) -> _Bytes:
 
 
 @functools.lru_cache(maxsize=2)
-def _cells(file: str, column: str) -> cells.Cells:
+def _cells(file: str, mark: tuple[int, ...], column: str) -> cells.Cells:
     fs, path = filesystem(file)
     return cells.Cells(fs.open(path, "rb", block_size=RANGE, cache_type="readahead"), column)
 

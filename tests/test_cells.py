@@ -154,6 +154,12 @@ def test_rows_that_are_not_there(tmp_path: Path, wav: Callable[[Pcm], bytes]) ->
             sound(recording)
 
 
+def test_a_file_that_was_replaced_is_read_anew(tmp_path: Path, wav: Callable[[Pcm], bytes]) -> None:
+    for clip in CLIPS[:3]:
+        path = write(tmp_path / "x.parquet", [{"audio": {"bytes": wav(clip), "path": "a.wav"}}])
+        assert np.array_equal(sound(read(path)[0]), clip)
+
+
 def test_rows_in_order_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"audio": {"bytes": noise(4.0, seed=i).tobytes(), "path": f"{i}.wav"}} for i in range(40)]  # 5 MB
     path = write(tmp_path / "x.parquet", rows, rows_per_group=20)

@@ -213,6 +213,17 @@ def test_a_shard_that_was_replaced_is_not_misread(tmp_path: Path, wav: Callable[
             sound(lost)
 
 
+@pytest.mark.parametrize("ending", [".tar", ".tar.gz"])
+def test_what_was_found_in_a_shard_is_forgotten_with_it(
+    ending: str, tmp_path: Path, wav: Callable[[Pcm], bytes]
+) -> None:
+    for i in range(3):
+        path = shard(
+            tmp_path / f"x{ending}", {f"{'b' * i}.wav": b"" for i in range(i)} | {"a.wav": wav(tone(300, i + 1))}
+        )
+        assert len(sound(Recording(id="x", uri=f"tar://a.wav::{path}"))) == 16_000 * (i + 1)
+
+
 def test_what_is_no_audio_in_a_shard_costs_itself_only(tmp_path: Path, wav: Callable[[Pcm], bytes]) -> None:
     path = shard(tmp_path / "x.tar", {"a.wav": b"no audio at all" * 99, "b.wav": wav(tone(400, 0.3))})
     first, second = read(path)
