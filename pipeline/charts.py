@@ -37,7 +37,7 @@ def columns(name: str, data: Sequence[Column], *, at_edges: bool = False, pauses
     top = _nice_ceiling([column.value for column in data])
     step = (WIDTH - _LEFT - _RIGHT) / max(1, len(data))
     parts = [_grid(top)]
-    every = max(1, math.ceil(_LABEL_WIDTH / step))
+    free = 0.0  # where the next label may stand
     for i, column in enumerate(data):
         x, height = _LEFT + i * step, (HEIGHT - _TOP - _BOTTOM) * column.value / top
         height = max(height, _WEE) if column.value > 0 else 0.0
@@ -46,9 +46,10 @@ def columns(name: str, data: Sequence[Column], *, at_edges: bool = False, pauses
             f'<rect class="column" x="{x + step * 0.08:.2f}" y="{y:.2f}" width="{step * 0.84:.2f}"'
             f' height="{height:.2f}"><title>{escape(column.hint)}</title></rect>'
         )
-        if i % every == 0:
-            where, anchor = (x, "start" if i == 0 else "middle") if at_edges else (x + step / 2, "middle")
-            parts.append(_label(column.label, where, HEIGHT - 8, anchor))
+        where = min(x if at_edges else x + step / 2, WIDTH - _LABEL_WIDTH / 2)
+        if where >= free:
+            parts.append(_label(column.label, where, HEIGHT - 8, "middle"))
+            free = where + _LABEL_WIDTH
         if i in pauses:
             parts.append(f'<line class="pause" x1="{x:.2f}" y1="{_TOP}" x2="{x:.2f}" y2="{HEIGHT - _BOTTOM}"/>')
     return (

@@ -41,7 +41,7 @@ N_LISTED = 15  # recordings in a list of the slowest, the least covered ...
 N_EXAMPLES = 3  # of each kind of failure
 N_FLAGGED = 5  # recordings named for each flag
 MOST_BINS = 96  # of the throughput's time axis
-PAUSE_BINS = 8  # a silence of this many bins is cut out of that axis
+PAUSE_BINS, PAUSE_S = 8, 60  # a silence of more bins, and of more seconds, is cut out of that axis
 BIN_S = (1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 21600, 43200, 86400)
 _BATCH = 50_000  # rows of a table looked at at once
 _STITCHED = 2_000  # recordings
@@ -430,12 +430,12 @@ def throughput(winners: pa.Table) -> list[dict[str, float]]:
     for width in BIN_S:
         bins, where = np.unique(np.floor(at / width).astype(np.int64), return_inverse=True)
         sums = np.bincount(where, weights=audio_s)
-        gaps = np.diff(bins)
-        shown = len(bins) + int(np.where(gaps <= PAUSE_BINS, gaps - 1, 0).sum())
+        gaps, longest = np.diff(bins), max(PAUSE_BINS, PAUSE_S // width)
+        shown = len(bins) + int(np.where(gaps <= longest, gaps - 1, 0).sum())
         if shown <= MOST_BINS or width == BIN_S[-1]:
             break
     by_bin = dict(zip(bins.tolist(), sums.tolist(), strict=True))
-    filled = {b for first, gap in zip(bins.tolist(), gaps.tolist(), strict=False) if gap <= PAUSE_BINS
+    filled = {b for first, gap in zip(bins.tolist(), gaps.tolist(), strict=False) if gap <= longest
               for b in range(first, first + gap)} | by_bin.keys()  # fmt: skip
     return [{"start": float(b * width), "width_s": float(width), "audio_s": by_bin.get(b, 0.0)} for b in sorted(filled)]
 

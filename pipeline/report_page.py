@@ -305,9 +305,9 @@ def _slowest(found: Figures) -> Section:
 
 def _drivers(found: Figures) -> Section:
     rows = [
-        [one.run, one.host, moment(one.started), moment(one.ended) if one.ended else "-", outcome(one, found.made),
-         _plain(one.said.get("to_do")), _plain(one.said.get("recordings")), length(one.said.get("audio_s")),
-         _number(one.said.get("rtfx"), 1)]
+        [one.run, one.host, moment(one.started), moment(one.ended) if one.ended else "-",
+         outcome(one, found.made, is_last=one is found.drivers[-1]), _plain(one.said.get("to_do")),
+         _plain(one.said.get("recordings")), length(one.said.get("audio_s")), _number(one.said.get("rtfx"), 1)]
         for one in found.drivers
     ]  # fmt: skip
     heads = [
@@ -318,11 +318,13 @@ def _drivers(found: Figures) -> Section:
     return _or_nothing("runs", "Runs", [Table(heads, rows)], rows, "No driver has left a record.", notes)
 
 
-def outcome(driver: Driver, now: float) -> str:
-    """How a driver ended, as far as can be told: one that was killed says nothing any more."""
+def outcome(driver: Driver, now: float, is_last: bool = True) -> str:
+    """How a driver ended, as far as can be told: one that was killed says nothing any more. Where another came after
+    it, it had ended: there is one at a time."""
     if driver.outcome is not None:
         return driver.outcome
-    return "running" if now - driver.seen < SILENT_S else f"no word since {moment(driver.seen)}: killed?"
+    is_alive = is_last and now - driver.seen < SILENT_S
+    return "running" if is_alive else f"no word since {moment(driver.seen)}: killed?"
 
 
 def _settings(found: Figures) -> Section:

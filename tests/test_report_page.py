@@ -167,6 +167,11 @@ def test_how_a_driver_ended(driver: Driver, outcome: str) -> None:
     assert report_page.outcome(driver, now=1000.0) == outcome
 
 
+def test_a_driver_that_another_followed_is_not_running() -> None:
+    driver = Driver("r", "h", 0.0, 990.0)
+    assert "killed?" in report_page.outcome(driver, now=1000.0, is_last=False)
+
+
 def test_the_law_of_coverage_in_words(found: Figures) -> None:
     assert "together that is every second of it" in report_page.coverage_line(found.audio, found.unaccounted)
     assert "in 2 recordings that does not add up" in report_page.coverage_line(found.audio, 2)
