@@ -305,13 +305,13 @@ def _slowest(found: Figures) -> Section:
 
 def _drivers(found: Figures) -> Section:
     rows = [
-        [one.run, one.host, moment(one.started), moment(one.ended) if one.ended else "-",
+        [moment(one.started), one.host, moment(one.ended) if one.ended else "-",
          outcome(one, found.made, is_last=one is found.drivers[-1]), _plain(one.said.get("to_do")),
          _plain(one.said.get("recordings")), length(one.said.get("audio_s")), _number(one.said.get("rtfx"), 1)]
         for one in found.drivers
     ]  # fmt: skip
     heads = [
-        Head("Run", "word"), Head("Host"), Head("Began", "word"), Head("Ended", "word"), Head("Outcome"),
+        Head("Began", "word"), Head("Host"), Head("Ended", "word"), Head("Outcome"),
         Head("To do", "number"), Head("Done", "number"), Head("Audio", "number"), Head("RTFx", "number"),
     ]  # fmt: skip
     notes = ["RTFx is that run's own wall clock, from its first task to its last commit, over all of its devices."]
