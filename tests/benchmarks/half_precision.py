@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.half_precision [--dtype bfloat16] [--device auto] [--minutes 60] [--out FILE]
 
-All clips at once, in `windows` and in `sequential`. Progress goes to stderr, one JSON object to the last line.
+All clips at once, in `windows` and in `sequential`, or in the one that `--algorithm` names. Progress goes to stderr, one JSON object to the last line.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from pipeline.types import Recording, Transcript, Unit, UnitResult, seconds
 from pipeline.units import cut_units
 from pipeline.vad import SileroVad
 from tests.benchmarks.heldout_accuracy import demo_config
+
+ALGORITHMS = ("windows", "sequential")
 
 
 def speech(minutes: float, seed: int) -> dict[str, Clip]:
@@ -94,11 +96,12 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--seed", type=int, default=77)
+    parser.add_argument("--algorithm", choices=ALGORITHMS, action="append", help="both, if not given")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     clips = speech(arguments.minutes, arguments.seed)
     parts = []
-    for algorithm in ("windows", "sequential"):
+    for algorithm in arguments.algorithm or ALGORITHMS:
         config = demo_config(algorithm=algorithm)
         exact = transcribe(clips, config, "cpu", "float32")
         half = transcribe(clips, config, arguments.device, arguments.dtype)
