@@ -208,3 +208,10 @@ def test_the_command_writes_the_page(tmp_path: Path) -> None:
     assert Reader(file.read_text()).text.count("Transcription of")
     refused = murmur("report", output.store.uri, "--html", tmp_path / "no" / "folder.html")
     assert (refused.returncode, "folder.html: No such file" in refused.stderr) == (2, True)
+
+
+def test_labels_of_a_chart_are_text() -> None:
+    one = charts.columns(HOSTILE[1], [charts.Column(1.0, HOSTILE[0], HOSTILE[2])], id='"><b>')
+    read = Reader(one)
+    assert {tag for tag, _ in read.elements} == {"svg", "title", "line", "text", "rect"}
+    assert all(text in read.text for text in HOSTILE[:3])
