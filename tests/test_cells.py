@@ -16,7 +16,7 @@ from audio_files import noise, tone, write_wav
 from pipeline import cells, source
 from pipeline.decoder import open_audio
 from pipeline.errors import DamagedAudioError, ManifestError, NotFoundError
-from pipeline.manifest import read_inputs
+from pipeline.manifest import file_of, identity, read_inputs
 from pipeline.types import Pcm, Recording
 
 AUDIO = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -57,6 +57,7 @@ def test_what_is_read_is_what_was_put_in(tmp_path: Path, wav: Callable[[Pcm], by
         id="4.wav",
         uri=f"parquet://5/audio::{path}",
         source=f"{path}:5",
+        etag=identity(str(path))[1],  # of the file: other bytes in it are found out by that
         reference="clip 4",
         metadata='{"path": "elsewhere.wav", "speaker": 4}',
     )
@@ -152,6 +153,12 @@ def test_rows_that_are_not_there(tmp_path: Path, wav: Callable[[Pcm], bytes]) ->
     for recording in [*lost, Recording(id="x", uri="parquet://1/audio::/no/such.parquet")]:
         with pytest.raises(NotFoundError):
             sound(recording)
+
+
+def test_the_file_that_a_store_is_asked_for() -> None:
+    assert file_of("parquet://5/audio::s3://b/x.parquet") == "s3://b/x.parquet"
+    assert file_of("tar://512+9/a.wav::/data/x.tar") == file_of("tar://a.wav::/data/x.tar") == "/data/x.tar"
+    assert file_of("zip://a.wav::/data/x.zip") == "zip://a.wav::/data/x.zip"
 
 
 def test_a_file_that_was_replaced_is_read_anew(tmp_path: Path, wav: Callable[[Pcm], bytes]) -> None:

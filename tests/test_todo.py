@@ -128,6 +128,18 @@ def test_nothing_to_do(tmp_path: Path) -> None:
     assert handed_out(left, tmp_path) == []
 
 
+def test_what_is_read_through_stays_together(tmp_path: Path) -> None:
+    """Rows of Parquet and members of a packed shard: in the order given, whatever their length, in larger blocks."""
+    cells = [Recording(id=f"c{i}", uri=f"parquet://{i + 1}/audio::/x.parquet", duration_s=i) for i in range(700)]
+    packed = [Recording(id=f"p{i}", uri=f"tar://512+9/{i}.wav::https://h/x.tar.gz?s", duration_s=i) for i in range(60)]
+    plain = [Recording(id=f"t{i}", uri=f"tar://512+9/{i}.wav::s3://b/x.tar", duration_s=1 + i) for i in range(40)]
+    blocks = handed_out(to_do(*cells, *packed, *plain), tmp_path)
+    order = [name for block in blocks for name in names(block)]
+    assert order == [f"t{i}" for i in range(39, -1, -1)] + [r.id for r in cells + packed]
+    assert max(map(len, blocks)) == 800 // 4  # a quarter of all, for one decode task
+    assert to_do(*cells).estimate.hinted_s == sum(range(700))
+
+
 FULL = rec("ä", 1.5, size=3, etag="e", offset=1, length=2, reference="r", language="de", metadata='{"k": 1}')
 
 
