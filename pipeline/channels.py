@@ -44,19 +44,16 @@ def merge(results: Sequence[UnitResult]) -> UnitResult:
     failure = next((result.failure for result in results if result.failure is not None), None)
     stop = first.start + first.n_samples
     speech, uncovered = (_total(results, name) for name in ("speech", "uncovered_speech"))
+    segments = [replace(segment, channel=channel) for channel, one in enumerate(results) for segment in one.segments]
+    skipped = _common(results)
+    if failure is not None:
+        segments, skipped, uncovered = [], (Skip(first.start, stop, failure.kind),), speech
     return replace(
         first,
-        segments=tuple(
-            sorted(
-                (replace(segment, channel=channel) for channel, one in enumerate(results) for segment in one.segments),
-                key=lambda segment: (segment.start, segment.channel),
-            )
-        )
-        if failure is None
-        else (),
-        skipped=_common(results) if failure is None else (Skip(first.start, stop, failure.kind),),
+        segments=tuple(sorted(segments, key=lambda segment: (segment.start, segment.channel))),
+        skipped=skipped,
         speech=speech,
-        uncovered_speech=uncovered if failure is None else speech,
+        uncovered_speech=uncovered,
         language=next((one.language for one in results if one.language is not None), None),
         language_probability=next((one.language_probability for one in results if one.language is not None), None),
         n_windows=sum(one.n_windows for one in results),

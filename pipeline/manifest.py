@@ -219,6 +219,12 @@ def _http_options(uri: str) -> dict[str, Any]:
     return {"client_kwargs": {"timeout": timeout}, "encoded": uri.isascii() and "%" in uri and " " not in uri}
 
 
+def name_of(uri: str) -> str:
+    """The path or address whose end tells what a file is: of a chain the innermost, of an address without its query."""
+    part = next((part for part in uri.split("::") if "://" in part), uri)
+    return part.partition("?")[0] if _is_http(part) else part
+
+
 def _suffix(uri: str) -> str:
     """The lower-case extension of a path or an address, with its dot; empty where there is none."""
     path = uri.split("::")[0]
@@ -290,7 +296,7 @@ def _read_one(place: _Place) -> Iterator[Recording]:
         yield from _read_folder(place)
     elif suffix in _MANIFESTS:
         yield from _read_manifest(place)
-    elif is_tar(place.path):
+    elif is_tar(name_of(place.uri)):
         yield from _read_tar(place)
     elif suffix in _NO_AUDIO:
         raise ManifestError(f"{place.name}: neither a manifest (.jsonl, .csv, .parquet), a tar nor an audio file")
@@ -390,7 +396,7 @@ def _read_tar(place: _Place) -> Iterator[Recording]:
     """The audio in a shard, with what the files beside it say; what else lies there is counted and said."""
     n_found = 0
     with place.fs.open(place.path, "rb", block_size=_HEADERS_AHEAD) as file:
-        listing = tars.Listing(file, place.path, AUDIO_EXTENSIONS)
+        listing = tars.Listing(file, name_of(place.uri), AUDIO_EXTENSIONS)
         try:
             for audio, beside in listing.samples():
                 row = _row_beside(beside, place.name)

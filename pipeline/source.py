@@ -47,7 +47,7 @@ from pipeline.errors import (
     SourceError,
     SourceTimeoutError,
 )
-from pipeline.manifest import filesystem, folder_of, http_status, public_uri, resolve, source_error
+from pipeline.manifest import filesystem, folder_of, http_status, name_of, public_uri, resolve, source_error
 from pipeline.stopwatch import spending
 
 FIRST = 1 << 20  # bytes of the first range: all of a small file
@@ -328,7 +328,7 @@ def _open_member(member: tars.Address, tries: _Tries) -> _Bytes:
     if place is None:
         raise FileNotFoundError(member.member)
     part = place[0] - tars.BLOCK, place[1] + tars.BLOCK
-    if tars.is_packed(filesystem(member.shard)[1]):
+    if tars.is_packed(name_of(member.shard)):
         found: _Bytes = _Unpacked(tries.sync(lambda: _unpack(member.shard, _mark(member.shard))), part)
     else:
         found = _open_part(member.shard, tries, part)
@@ -351,7 +351,7 @@ def _mark(uri: str) -> tuple[int, ...]:
 def _places(shard: str, mark: tuple[int, ...]) -> dict[str, tuple[int, int]]:
     fs, path = filesystem(shard)
     with fs.open(path, "rb", block_size=256 << 10) as file:
-        return tars.find(file, path)
+        return tars.find(file, name_of(shard))
 
 
 class _Spool:
@@ -382,7 +382,7 @@ def _unpack(shard: str, mark: tuple[int, ...]) -> _Spool:
     fs, path = filesystem(shard)
     with fs.open(path, "rb", block_size=RANGE) as file:
         try:
-            spool = _spooled(tars.unpacked(file, path))
+            spool = _spooled(tars.unpacked(file, name_of(shard)))
         except tars.DAMAGE as error:
             raise tars.DamagedTarError(f"the shard is damaged ({error})") from None
     spool.flush()

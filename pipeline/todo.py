@@ -3,8 +3,8 @@
     Listing (all that was asked for)  -  ledger  =  Todo  →  Blocks (an object in the output; Ray gets places in it)
 
 The longest recordings first: one of ten hours begun last would leave a cluster waiting for it alone. Nothing here
-grows with the manifest but eight bytes a recording: items wait in temporary files, are compared with the ledger some
-ten thousand at a time, and reach a decode task from the store, past the driver. Knows the ledger, nothing of Ray.
+grows with the manifest but some twenty bytes a recording: items wait in temporary files, are compared with the ledger
+some ten thousand at a time, and reach a decode task from the store, past the driver. Knows the ledger, nothing of Ray.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from audio_files import noise, write_wav
 from pipeline import manifest
 from pipeline.decoder import open_audio
 from pipeline.errors import ManifestError
-from pipeline.manifest import AUDIO_EXTENSIONS, default_id, public_uri, read_inputs
+from pipeline.manifest import AUDIO_EXTENSIONS, default_id, name_of, public_uri, read_inputs
 from pipeline.types import Recording
 
 
@@ -100,6 +100,20 @@ def test_public_uri(uri: str, public: str | None) -> None:
     assert public_uri(uri) == (uri.partition("?")[0] if public is None else public)
     assert default_id(uri) == public_uri(uri)
     assert public_uri(public_uri(uri)) == public_uri(uri)
+
+
+@pytest.mark.parametrize(
+    ("uri", "name"),
+    [
+        ("/data/a::b?/x.tar", "/data/a::b?/x.tar"),
+        ("s3://b/x.tar?", "s3://b/x.tar?"),
+        ("https://h/x.tar.gz?sig=1.wav", "https://h/x.tar.gz"),
+        ("simplecache::https://h/x.tar?s", "https://h/x.tar"),
+        ("zip://x.tar::https://h/x.zip?s", "zip://x.tar"),
+    ],
+)
+def test_what_tells_what_a_file_is(uri: str, name: str) -> None:
+    assert name_of(uri) == name
 
 
 # ---- lines of a manifest

@@ -255,6 +255,7 @@ def test_a_packed_shard_is_unpacked_once_for_its_members(
 
 
 def test_on_s3_a_member_is_read_by_its_range(s3: str, tmp_path: Path, wav: Callable[[Pcm], bytes]) -> None:
+    import boto3
     import fsspec
 
     clips = {f"{i}.wav": tone(200 + 20 * i, 40.0) for i in range(3)}  # 1.3 MB each, more than one range
@@ -265,6 +266,10 @@ def test_on_s3_a_member_is_read_by_its_range(s3: str, tmp_path: Path, wav: Calla
     for recording, clip in zip(found, clips.values(), strict=True):
         assert recording.uri.endswith(f"::{s3}/x.tar")
         assert np.array_equal(sound(recording), clip)
+    link = boto3.client("s3").generate_presigned_url("get_object", {"Bucket": s3.removeprefix("s3://"), "Key": "x.tar"})
+    signed = read(link)  # a name with a query, over HTTP
+    assert [r.id for r in signed] == [f"{link.partition('?')[0]}/{name}" for name in clips]
+    assert np.array_equal(sound(signed[2]), clips["2.wav"])
     opened = source.Source(found[1].uri)
     assert opened.size == found[1].size
     assert opened.read_at(opened.size - 10, 100) == wav(clips["1.wav"])[-10:]
