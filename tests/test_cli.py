@@ -209,6 +209,16 @@ def test_a_run_from_begin_to_end(ray_cluster: None, call: Callable[..., tuple[in
     assert "language: None there, 'de' here" in err
 
 
+def test_the_exit_code_stands_whatever_the_interpreters_end_does() -> None:
+    """Stands in for the threads of a C++ library, which abort there now and then."""
+    abort = "import atexit, os, sys; atexit.register(os.abort); sys.argv[1:] = {!r}; "
+    run = abort + "from pipeline.cli import script; script()"
+    for arguments, code in ((["--help"], EXIT_OK), (["report", "no/such/output"], EXIT_USAGE)):
+        done = subprocess.run([sys.executable, "-c", run.format(arguments)], capture_output=True, text=True)
+        assert done.returncode == code
+        assert "Usage" in done.stdout if code == EXIT_OK else "no run was begun here" in done.stderr
+
+
 @pytest.mark.ray
 def test_a_signal_ends_the_run_and_it_can_go_on(tmp_path: Path) -> None:
     for i in range(6):
