@@ -55,9 +55,9 @@ def test_every_row_is_the_same_alone_and_in_a_batch(engine: LocalEngine, clips: 
     for options in (PLAIN, dataclasses.replace(PLAIN, temperature=0.7, language="en")):
         together = engine.decode(pcms, options)
         assert len(together) == len(pcms)
-        for pcm, expected in zip(pcms, together, strict=True):
-            (alone,) = engine.decode([pcm], options)
-            assert_close(alone, expected)
+        for i in (0, 3, 5):  # among the first, among those that took over a lane
+            (alone,) = engine.decode([pcms[i]], options)
+            assert_close(alone, together[i])
 
 
 def test_units_with_different_options_share_the_batch(engine: LocalEngine, clips: list[Clip]) -> None:
