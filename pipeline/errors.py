@@ -9,7 +9,7 @@
     │   └── ModelError          no such model, damaged or partial weights
     ├── OutputMismatchError exit 4: the output was begun with other settings
     ├── StoreError          exit 3: the store refuses; resumable
-    ├── CrashLoopError      exit 3: engines die whatever they are given; resumable
+    ├── CrashLoopError      exit 3: engines, or Ray itself, die whatever they are given; resumable
     ├── ApplicationError    exit 3: the running application that decodes is gone; resumable
     ├── AudioError          costs its recording only
     │   ├── NotFoundError, ForbiddenError, SourceError      the bytes cannot be had

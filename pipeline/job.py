@@ -29,7 +29,7 @@ from pipeline.engine import EngineConfig, engine_config
 from pipeline.engine.checkpoint import model_fingerprint, read_json, resolve_model, revision_of
 from pipeline.engine.fake import Faults
 from pipeline.engine.tokens import Tokenizer, check_options
-from pipeline.errors import OutputError, StoreError
+from pipeline.errors import CrashLoopError, OutputError, StoreError
 from pipeline.finalize import Success, finalize
 from pipeline.journal import Journal
 from pipeline.lease import Lease
@@ -142,7 +142,7 @@ def run_pass(one: Pass, output: Output, config: Config, census: Any) -> None:
     """The dataflow over one pass, and over what is left of it where Ray itself has lost something that it cannot make
     again (a node with blocks that do not come out the same a second time, say): the ledger knows what was done.
 
-    Gives up, with Ray's error, where nothing more was committed for `TRIES` times.
+    Raises `CrashLoopError` where nothing more was committed for `TRIES` times.
     """
     from ray.exceptions import RayError
 
@@ -155,8 +155,11 @@ def run_pass(one: Pass, output: Output, config: Config, census: Any) -> None:
         except RayError as error:
             ledger = _ledger(output)
             tries = tries + 1 if len(ledger.winners) == n_units else 0
-            if not _is_rays_own(error) or tries == TRIES:
+            if not _is_rays_own(error):
                 raise
+            if tries == TRIES:
+                line = str(error).strip().partition("\n")[0]
+                raise CrashLoopError(f"Ray fails ({type(error).__name__}: {line}); the same command goes on") from error
             log.warning("Ray lost something (%s), and what is left goes on", type(error).__name__)
             left, n_units = todo.again(left, ledger, one.round), len(ledger.winners)
 

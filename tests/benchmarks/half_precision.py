@@ -2,7 +2,8 @@
 
     python -m tests.benchmarks.half_precision [--dtype bfloat16] [--device auto] [--minutes 60] [--out FILE]
 
-All clips at once, in `windows` and in `sequential`, or in the one that `--algorithm` names. Progress goes to stderr, one JSON object to the last line.
+All clips at once, in `windows` and in `sequential`, or in the one that `--algorithm` names. Progress goes to stderr,
+one JSON object to the last line.
 """
 
 from __future__ import annotations
