@@ -77,7 +77,7 @@ _RAISED = {
 
 
 class Audio(Protocol):
-    """Blocks of a recording's samples, to be iterated once: int16 [n], or [c, n], at 16 kHz; n ≤ 16,000.
+    """Blocks of a recording's samples, to be iterated once: int16 [n], or [c, n], at 16 kHz, of a few seconds.
 
     An `AudioError` may come after any block. `flags` is complete when the blocks are.
     """

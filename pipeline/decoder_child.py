@@ -16,12 +16,17 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from typing import Any
+
+import numpy as np
 
 from pipeline.audio import AudioStream, load_all
 from pipeline.decoder_wire import WINDOW, Tag, Wire
 from pipeline.errors import AudioError, DamagedAudioError, DecodeMemoryError, EmptyAudioError
+from pipeline.types import Pcm
 
+_BLOCKS = 4  # of a second, in a frame
 _PR_SET_PDEATHSIG = 1
 _BOMB = 50 << 30  # bytes that the fault `oom` asks for
 _FOREVER_S = 3600.0  # a hang, unless the fault's text gives other seconds
@@ -65,10 +70,9 @@ def serve(order: dict[str, Any], wire: Wire) -> None:
         with AudioStream(file, **order["stream"]) as audio:
             wire.send(Tag.OPENED)
             flags = audio.flags
-            told: set[str] = set()
-            for block in audio:
-                told |= _tell(flags - told, wire)
-                wire.send_block(block)
+            for blocks in _gathered(audio):
+                _tell(flags, wire)
+                wire.send_block(np.concatenate(blocks, axis=-1))
         _tell(flags, wire)
         wire.send(Tag.END)
     except AudioError as error:
@@ -95,10 +99,30 @@ def suffer(fault: dict[str, str] | None) -> None:
         raise (DamagedAudioError if kind == "raise" else EmptyAudioError)(text or f"injected {kind}")
 
 
-def _tell(flags: set[str], wire: Wire) -> set[str]:
+def _gathered(audio: Iterable[Pcm]) -> Iterator[list[Pcm]]:
+    """Blocks of one shape, some seconds at a time, since each frame costs both processes a turn; also before an error.
+
+    An error is raised when what came before it has been taken.
+    """
+    blocks: list[Pcm] = []
+    stopped: AudioError | MemoryError | None = None
+    try:
+        for block in audio:
+            if blocks and (block.shape[:-1] != blocks[0].shape[:-1] or len(blocks) == _BLOCKS):
+                yield blocks
+                blocks = []
+            blocks.append(block)
+    except (AudioError, MemoryError) as error:
+        stopped = error
+    if blocks:
+        yield blocks
+    if stopped is not None:
+        raise stopped
+
+
+def _tell(flags: set[str], wire: Wire) -> None:
     for flag in sorted(flags):
         wire.send(Tag.FLAG, flag.encode())
-    return flags
 
 
 class _File:

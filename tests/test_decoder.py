@@ -128,7 +128,7 @@ def test_a_file_that_fails_costs_no_process(short: Path, tmp_path: Path) -> None
 def test_a_stream_may_be_left_half_way(long: Path, short: Path) -> None:
     with opened(long) as stream:
         pid = pid_of(stream)
-        assert len(next(iter(stream))) == SAMPLE_RATE
+        assert 0 < len(next(iter(stream))) < 10 * SAMPLE_RATE
     assert not is_running(pid)
     assert len(read(short)) == SAMPLE_RATE
 
@@ -218,7 +218,7 @@ def test_a_process_that_is_killed_costs_nothing(long: Path) -> None:
         blocks, killed = [], pid_of(stream)
         for number, block in enumerate(stream):
             blocks.append(block)
-            if number == 20:
+            if number == 5:
                 os.kill(killed, signal.SIGKILL)
         assert stream.attempts == 2
     assert np.array_equal(np.concatenate(blocks), whole)
