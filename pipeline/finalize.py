@@ -128,7 +128,7 @@ def _merge(ledger: Ledger, use_ray: bool) -> None:
     """Data objects are read once here, and not once for every shard that has a Unit in them, now and ever after."""
     if pieces.n_loose(ledger.winners) < MERGE_AT:
         return
-    groups = list(map(_pack, pieces.groups(ledger.winners)))
+    groups = map(_pack, pieces.groups(ledger.winners))
     task = partial(_merge_group, ledger.store)
     merged = _on_ray(task, groups) if use_ray else map(task, groups)
     rest = ledger.winners.filter(pc.not_equal(ledger.winners["data"], ledger.winners["object"]))
@@ -274,7 +274,7 @@ def _build_on_ray(build: Build, shards: Sequence[int]) -> Files:
     return files
 
 
-def _on_ray(task: Callable[[_T], _R], items: Sequence[_T]) -> Iterator[_R]:
+def _on_ray(task: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
     """`task` of each of `items`, as Ray Data runs them, in any order."""
     import ray.data
 
@@ -282,6 +282,7 @@ def _on_ray(task: Callable[[_T], _R], items: Sequence[_T]) -> Iterator[_R]:
     done = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         _run_task, batch_size=1, fn_kwargs={"task": task}
     )
+    del rows  # they lie in the object store now
     for row in done.iter_rows():
         result = pickle.loads(row["result"])
         if isinstance(result, MurmurError):

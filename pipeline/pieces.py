@@ -111,6 +111,8 @@ def read_rows(store: Store, entries: pa.Table) -> pa.Table:
         if damage or raw is None:
             raise StoreError(f"{data_path(piece.data)} {damage}; see `murmur verify`")
         table = from_bytes(raw)
+        if not table.schema.equals(schema.DATA):
+            raise StoreError(f"{data_path(piece.data)} was written by another version of Murmuration")
         for row, unit in enumerate(_units(table)):
             at = place.get((piece.data, piece.start, *unit))
             if at is not None and found[at] < 0:  # the first of two of the same Unit

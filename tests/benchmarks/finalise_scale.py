@@ -136,6 +136,8 @@ def watched(uri: str, *, kill_at: str | None = None) -> dict[str, Any]:
         last = (said.read().splitlines() or [""])[-1]
     found = {"wall_s": round(time.monotonic() - began, 1), "cpu_s": round(cpu_s), "exit_code": process.returncode}
     found["peak_rss_mb"] = dict(sorted(peaks.items(), key=lambda pair: -pair[1])[:6])
+    if kill_at is None and process.returncode != 0:
+        raise RuntimeError(f"finalize ended with {process.returncode}: {last}")
     return found if kill_at else found | {"said": json.loads(last)}
 
 
