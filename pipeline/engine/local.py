@@ -96,7 +96,7 @@ class LocalEngine:
         check_options(options, self._tokenizer)
         finished: queue.SimpleQueue[_UnitJob] = queue.SimpleQueue()
         todo = iter(units)
-        jobs: set[_UnitJob] = set()
+        jobs: dict[_UnitJob, Unit] = {}
         more = True
         try:
             while more or jobs:
@@ -111,12 +111,11 @@ class LocalEngine:
                     except ConfigError as error:  # what this recording's manifest line asks for
                         yield failed_unit(unit, failure_of(error, "engine"))
                         continue
-                    jobs.add(job)
+                    jobs[job] = unit
                     job.future.add_done_callback(partial(_hand_over, finished, job))
                 if jobs:
                     job = finished.get()
-                    jobs.remove(job)
-                    yield job.result()
+                    yield job.result(jobs.pop(job))
         finally:  # a caller that goes away takes its work along
             for job in jobs:
                 job.future.cancel()
@@ -181,6 +180,7 @@ class LocalEngine:
                     work()
                 except Exception:  # it has told its own future; the dispatcher serves all others
                     log.exception("engine: a request could not be started")
+                del work  # and with it the Unit, however long the next one is in coming
             try:
                 self._scheduler.step()
             except Exception as error:  # the device's state is unknown: everything in flight ends, the engine goes on
@@ -199,12 +199,12 @@ class _UnitJob:
         self.n_spans = len(self._plan.spans)
         self.future.add_done_callback(self._clean_up)
 
-    def result(self) -> UnitResult:
-        """What became of the Unit; an error that is its own makes it a failed one."""
+    def result(self, unit: Unit) -> UnitResult:
+        """What became of the Unit, which is this; an error that is its own makes it a failed one."""
         try:
             return self.future.result()
         except EngineError as error:
-            return failed_unit(self._unit, failure_of(error, "engine"))
+            return failed_unit(unit, failure_of(error, "engine"))
 
     def start(self) -> None:
         """On the dispatcher's thread, as all that follows."""
@@ -217,6 +217,7 @@ class _UnitJob:
     def _start_walks(self) -> None:
         if not self.n_spans:
             self._finish()
+            return
         unit, voice = self._unit, self._voice()
         for i, range_ in enumerate(self._plan.spans):
             if self.future.done():
@@ -257,13 +258,22 @@ class _UnitJob:
         _settle(self.future, result)
 
     def _clean_up(self, future: Future[UnitResult]) -> None:
-        """Ended in whatever way: what is left of it gives up its lanes."""
+        """Ended in whatever way: what is left of it gives up its lanes, and it its samples."""
         if future.cancelled() or future.exception() is not None:
-            self._engine._inbox.put(self._cancel_tasks)
+            self._engine._inbox.put(self._give_up)
+        else:
+            self._let_go()
 
-    def _cancel_tasks(self) -> None:
+    def _give_up(self) -> None:
         for task in self._tasks:
             self._engine._scheduler.cancel(task)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """A job, its future and its tasks know each other: what they hold would wait for the garbage collector, which
+        is long in coming, and a Unit has up to 10 MB."""
+        self._tasks.clear()
+        del self._unit
 
 
 def _settle(future: Future[Any], result: Any) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import subprocess
 import sys
 import threading
 import time
+import weakref
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -254,6 +257,32 @@ def test_a_caller_that_goes_away_takes_its_work_along(engine: LocalEngine, clips
     (after,) = engine.run([unit(clips[0])], PLAIN)
     assert after.failure is None
     assert engine._scheduler.idle
+
+
+def test_a_unit_s_samples_are_given_back_with_its_result(engine: LocalEngine, clips: list[Clip]) -> None:
+    """Without waiting for the garbage collector, which in a process of this size may not come for a thousand Units."""
+
+    def one() -> tuple[Unit, weakref.ref[Any]]:
+        fresh = dataclasses.replace(unit(clips[0]), pcm=clips[0].pcm.copy())
+        return fresh, weakref.ref(fresh.pcm)
+
+    async def submitted() -> list[weakref.ref[Any]]:
+        (done, its), (gone, other) = one(), one()
+        await engine.submit(done, PLAIN)
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(engine.submit(gone, PLAIN), 0.05)
+        return [its, other]
+
+    gc.disable()
+    try:
+        ran, its = one()
+        list(engine.run([ran], WORDS))
+        del ran
+        refs = [its, *asyncio.run(submitted())]
+        next(engine.run([unit(clips[1])], PLAIN))  # the dispatcher has come round
+        assert [ref() is None for ref in refs] == [True] * 3
+    finally:
+        gc.enable()
 
 
 def test_words_of_one_frame(engine: LocalEngine) -> None:
