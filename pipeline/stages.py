@@ -202,7 +202,8 @@ class EngineStage:
             log.info("engine: %s", self._engine.info)
             self._gauges = Gauges(self._engine)
             self._door.limit = 2 * self._engine.info.lanes
-            exit_when_stuck(self._engine, config.engine_timeout_s)
+            if census is not None:  # in a process of the job, which is started again
+                exit_when_stuck(self._engine, config.engine_timeout_s)
         except MurmurError as error:
             # Raised here it would reach the driver as text inside a dead actor's traceback; from a call it arrives.
             self._engine = error
