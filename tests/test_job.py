@@ -224,8 +224,8 @@ def test_faults_cost_what_they_hit(
     folder = corpus(8)
     faults = [
         {"match": "*clip-000*", "stage": "engine", "kind": "oom"},
-        {"match": "*clip-001*", "stage": "engine", "kind": "nan", "times": 1},
-        {"match": "*clip-002*", "stage": "decode", "kind": "empty"},
+        {"match": "*clip-001*", "stage": "engine", "kind": "nan"},
+        {"match": "*clip-002*", "stage": "decode", "kind": "empty", "times": 1},
         {"match": "*clip-003*", "stage": "engine", "kind": "exit", "times": 1},  # ends its process: done again
         {"match": "*clip-004*", "stage": "decode", "kind": "exit", "times": 1},
         {"match": "*clip-005*", "stage": "engine", "kind": "text", "text": "as told"},
