@@ -19,22 +19,23 @@ N = 30
 SLOW = "fake.faults=[{kind: hang, text: '0.5'}]"  # every Unit takes a while; the result is the same
 
 
-@pytest.fixture
-def two_nodes() -> Iterator[tuple[Cluster, Any]]:
+NODE = {"num_cpus": 3, "object_store_memory": 200 << 20}
+
+
+def head_and_second() -> tuple[Cluster, Any]:
     """A cluster of processes of its own, and its second node. Not the session's: this one is broken.
 
     At the machine's own address: Ray takes 127.0.0.1 for that in who joins, and then finds nobody there.
     """
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={
-            "num_cpus": 3,
-            "object_store_memory": 200 << 20,
-            "include_dashboard": False,
-            "_system_config": {"health_check_period_ms": 500, "health_check_failure_threshold": 4},
-        },
-    )
-    second = cluster.add_node(num_cpus=3, object_store_memory=200 << 20)
+    quick = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}
+    head = NODE | {"include_dashboard": False, "_system_config": quick}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    return cluster, cluster.add_node(**NODE)
+
+
+@pytest.fixture
+def two_nodes() -> Iterator[tuple[Cluster, Any]]:
+    cluster, second = head_and_second()
     yield cluster, second
     cluster.shutdown()
 

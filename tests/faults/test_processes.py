@@ -18,14 +18,14 @@ from pipeline import job
 from pipeline.config import Config
 from pipeline.errors import EXIT_FAILED
 
-N = 40
+N = 194  # and the six Units of a long one: two hundred
 
 
 @pytest.fixture
 def clips(tmp_path: Path) -> Path:
-    """`N` short clips and one of six Units, in a manifest that gives them ids 00, 01 ... and `long`."""
+    """`N` short clips and one of six Units, in a manifest that gives them ids 000, 001 ... and `long`."""
     folder = tmp_path / "in"
-    names = [f"{i:02}" for i in range(N)]
+    names = [f"{i:03}" for i in range(N)]
     for i, name in enumerate(names):
         write_wav(folder / f"{name}.wav", tone(150 + 10 * i, 1.0 + 0.1 * (i % 7)))
     write_wav(folder / "long.wav", tone(123, 170.0))
@@ -62,21 +62,21 @@ def without(rows: dict[str, dict[str, Any]], *names: str) -> dict[str, dict[str,
 
 @pytest.mark.ray
 def test_one_killer_fails_alone(ray_cluster: None, run: Callable[..., dict[str, dict[str, Any]]]) -> None:
-    """The engine dies each time it gets Unit 07, and once each over two others, which are not to blame (F34, F35)."""
+    """The engine dies each time it gets Unit 007, and once each over two others, which are not to blame (F34, F35)."""
     clean = run()
     faults = [
-        {"match": "07", "stage": "engine", "kind": "exit"},
+        {"match": "007", "stage": "engine", "kind": "exit"},
         {"match": "long", "stage": "engine", "kind": "exit", "times": 1},
-        {"match": "20", "stage": "engine", "kind": "exit", "times": 1},
+        {"match": "020", "stage": "engine", "kind": "exit", "times": 1},
     ]
     rows = run(*faults)
-    assert (rows["07"]["status"], rows["07"]["error_kind"], rows["07"]["error_stage"]) == (
+    assert (rows["007"]["status"], rows["007"]["error_kind"], rows["007"]["error_stage"]) == (
         "failed",
         "worker_crash",
         "engine",
     )
-    assert rows["07"]["attempts"] == 3
-    assert without(rows, "07") == without(clean, "07")
+    assert rows["007"]["attempts"] == 3
+    assert without(rows, "007") == without(clean, "007")
 
 
 @pytest.mark.ray
@@ -84,10 +84,10 @@ def test_an_engine_that_stands_still_is_started_again(
     ray_cluster: None, run: Callable[..., dict[str, dict[str, Any]]]
 ) -> None:
     rows = run(
-        {"match": "03", "stage": "engine", "kind": "hang"},
-        {"match": "05", "stage": "engine", "kind": "hang", "times": 1},
+        {"match": "003", "stage": "engine", "kind": "hang"},
+        {"match": "005", "stage": "engine", "kind": "hang", "times": 1},
         engine_timeout_s=2,
     )
     assert {name: row["error_kind"] for name, row in rows.items() if row["status"] == "failed"} == {
-        "03": "worker_crash"
+        "003": "worker_crash"
     }
