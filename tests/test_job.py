@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tarfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from pipeline.errors import (
 )
 from pipeline.lease import Lease
 from pipeline.ledger import Ledger
-from pipeline.manifest import read_inputs
+from pipeline.manifest import identity, read_inputs
 from pipeline.output import read_output
 from pipeline.pieces import read_object
 from pipeline.schema import recording_row, segment_rows, unit_from_row, word_rows
@@ -57,6 +58,12 @@ def committed(output: str) -> dict[str, Transcript]:
     for unit in units:
         by_id.setdefault(unit.recording.id, []).append(unit)
     return {recording_id: stitch(of_recording) for recording_id, of_recording in by_id.items()}
+
+
+def identified(transcript: Transcript) -> Transcript:
+    """With the size and etag of its file, which the job notes where it reads it."""
+    size, etag = identity(transcript.recording.uri)
+    return replace(transcript, recording=replace(transcript.recording, size=size, etag=etag))
 
 
 @pytest.fixture
@@ -124,7 +131,7 @@ def test_the_whole_path(
     about = {"model": "demo", "model_revision": None, "options_fingerprint": run_of.fingerprint}
     engine = load_engine(engine_config(config))
     transcripts = [transcribe(r, engine, config.decode_options(), config) for r in read_inputs([str(mixed)])]
-    assert committed(output) == {t.recording.id: t for t in transcripts}
+    assert committed(output) == {t.recording.id: identified(t) for t in transcripts}
     assert found == {t.recording.id: recording_row(t, **about) for t in transcripts}  # type: ignore[arg-type]
     transcripts.sort(key=lambda t: t.recording.id)
     assert len(rows(output, "segments")) == sum(len(list(segment_rows(t))) for t in transcripts)
@@ -206,7 +213,7 @@ def test_channels_apart_are_what_they_are_without_ray(
     assert (summary.counts["ok"], summary.counts["failed"], summary.audio_s) == (3, 1, 75.0)
     engine = load_engine(engine_config(config))
     transcripts = [transcribe(r, engine, config.decode_options(), config) for r in read_inputs([str(folder)])]
-    assert committed(output) == {t.recording.id: t for t in transcripts}
+    assert committed(output) == {t.recording.id: identified(t) for t in transcripts}
     channels: dict[str, set[int]] = {}
     for row in rows(output, "segments"):
         channels.setdefault(Path(row["recording_id"]).stem, set()).add(row["channel"])
@@ -271,7 +278,7 @@ def test_an_engine_that_cannot_be_loaded_ends_the_run_in_one_line(
 ) -> None:  # fmt: skip
     config = fake_config(engine="local", vad="none", device="cpu")
     broken = tmp_path / "model"
-    monkeypatch.setattr(job, "identify", lambda config: ("whatever", None))  # the driver has seen nothing wrong
+    monkeypatch.setattr(job, "identify", lambda config, cluster: ("whatever", None))  # seen nothing wrong
     with pytest.raises(ModelError, match="no such folder") as caught:
         run([corpus(1)], config.model_copy(update={"model": str(broken)}))
     assert "\n" not in str(caught.value)
@@ -293,8 +300,6 @@ def test_refused_before_anything_is_started(
         run([twice], config)
     with pytest.raises(ManifestError):
         run([tmp_path / "missing.jsonl"], config)
-    with pytest.raises(ConfigError, match="serve"):
-        run([clip], fake_config(engine="serve"))
     with pytest.raises(ModelError, match="no such folder"):
         run([clip], fake_config(engine="local", model="/no/such/model"))
     with pytest.raises(ConfigError, match=r"'xx' is not one of the model's: .* en "):
