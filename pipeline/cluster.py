@@ -25,6 +25,9 @@ from pipeline.served import Application
 log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
+# Ray ends idle workers beyond one a CPU after a second, engines and its own helpers counted, and starts others for the
+# next write: a second of processor time each. Twenty thousand short recordings took half as long again.
+_KEPT_WORKERS = 24
 LOCAL_CPUS = 4  # logical CPUs of a cluster started here, at least: two would be an engine's and a decoder's
 
 
@@ -138,6 +141,7 @@ class Cluster:
                         num_cpus=self._config.num_cpus or max(LOCAL_CPUS, os.cpu_count() or 1),
                         object_store_memory=self._config.object_store_mb and self._config.object_store_mb << 20,
                         include_dashboard=False,
+                        _system_config={"num_workers_soft_limit": _KEPT_WORKERS},
                         _node_ip_address="127.0.0.1",  # no port of a local cluster is seen from outside
                         **common,
                     )

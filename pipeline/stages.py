@@ -48,12 +48,13 @@ from pipeline.schema import UNITS, to_table, unit_row
 from pipeline.served import ServedEngine
 from pipeline.stitch import failed_unit
 from pipeline.stopwatch import Rate, clocked
-from pipeline.todo import Source, from_json, to_json
+from pipeline.todo import Item, Source, from_json, to_json
 from pipeline.types import SAMPLE_RATE, DecodeOptions, Failure, Recording, Spent, Unit, UnitResult, seconds
 from pipeline.units import read_units
 
 log = logging.getLogger(__name__)
 AnyEngine = Engine | ServedEngine
+_PACK = 512 << 10  # 16 s of audio
 
 UNIT_ROW = pa.schema(
     [
@@ -91,15 +92,35 @@ def decode(
     for place in blocks.to_pylist():
         items = source.read(**place)
         block = _Block(census, items[0].recording.id, is_final) if census is not None else None
-        for item in items:
-            units = _still_to_do(_read(_identified(item.recording), config, faults), item.done, item.gap_start)
-            watched = units if block is None else block.watched(item.recording, units)
-            with logs.about(item.recording.id):
-                for unit, spent in clocked(watched):
-                    count_decoded(unit, spent)
-                    yield pa.Table.from_pylist([unit_to_row(dataclasses.replace(unit, spent=spent))], schema=UNIT_ROW)
+        yield from _packed(_rows_of_block(items, block, config, faults))
         if block is not None:
             block.close()
+
+
+def _rows_of_block(
+    items: Iterable[Item], block: _Block | None, config: Config, faults: Faults | None
+) -> Iterator[dict[str, Any]]:
+    for item in items:
+        units = _still_to_do(_read(_identified(item.recording), config, faults), item.done, item.gap_start)
+        watched = units if block is None else block.watched(item.recording, units)
+        with logs.about(item.recording.id):
+            for unit, spent in clocked(watched):
+                count_decoded(unit, spent)
+                yield unit_to_row(dataclasses.replace(unit, spent=spent))
+
+
+def _packed(rows: Iterable[dict[str, Any]]) -> Iterator[pa.Table]:
+    """Rows in tables of some `_PACK` bytes of samples: Ray takes a while over each, however small."""
+    some: list[dict[str, Any]] = []
+    n_bytes = 0
+    for row in rows:
+        some.append(row)
+        n_bytes += len(row.get("pcm") or b"")
+        if n_bytes >= _PACK:
+            yield pa.Table.from_pylist(some, schema=UNIT_ROW)
+            some, n_bytes = [], 0
+    if some:
+        yield pa.Table.from_pylist(some, schema=UNIT_ROW)
 
 
 class _Block:
