@@ -100,11 +100,11 @@ class Run:
 
 
 def make_corpus(folder: Path, n: int, random: Random) -> float:
-    """`n` WAV files of demo speech, every fifth of two or three Units; returns their seconds."""
+    """`n` WAV files of demo speech, every fifth of two Units; returns their seconds."""
     clips = [make_clip(LANGUAGES[i % 3], 3, seed=7000 + i).pcm for i in range(30)]
     total = 0
     for i in range(n):
-        wanted = random.uniform(35, 75) if i % 5 == 0 else random.uniform(4, 12)
+        wanted = random.uniform(33, 50) if i % 5 == 0 else random.uniform(3, 7)
         pcm = talk(clips, wanted, random)
         write_wav(folder / f"{i:04}.wav", pcm)
         total += len(pcm)
