@@ -19,11 +19,14 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from pipeline.errors import ForbiddenError, SourceError, SourceTimeoutError
+
 UnitKey = tuple[str, int]  # recording id, index
 DEFERRED = "deferred"  # the `kind` of a row that only says so: it is not committed
 
-STORE_WIDE = {"forbidden", "source"}  # kinds of error that may mean the store itself
-LATER = STORE_WIDE | {"source_timeout"}  # what is tried again when the rest is done
+_SOURCE_ERRORS = (ForbiddenError, SourceError, SourceTimeoutError)
+LATER = frozenset(error.kind for error in _SOURCE_ERRORS)  # what is tried again when the rest is done
+STORE_WIDE = frozenset(error.kind for error in _SOURCE_ERRORS if error.store_wide)
 IN_A_ROW = 50  # recordings that a store may refuse one after another
 ALONE = 2  # kills, alone in its process, that make a Unit a failed one
 BLOCK_DEATHS = 2  # decode processes dead over one recording that make it a failed one

@@ -22,7 +22,6 @@ from typing import Any
 from rich.console import Console
 
 from pipeline import changes, todo
-from pipeline.census import STORE_WIDE
 from pipeline.cluster import Cluster, counting_processes, plain_errors
 from pipeline.config import Config, fingerprint_keys
 from pipeline.engine import EngineConfig, engine_config
@@ -350,7 +349,7 @@ def refuse_if_down(known_good: Mapping[str, str]) -> None:
             fs.cat_file(path, start=0, end=1)
         except Exception as error:  # every store's library has exceptions of its own
             reason = source_error(error, uri)
-            if reason.kind in STORE_WIDE:
+            if reason.store_wide:
                 raise StoreError(
                     f"{store} refuses what it gave before ({reason}); nothing is marked as failed"
                 ) from None

@@ -214,7 +214,7 @@ class EngineStage:
     def __init__(self, config: Config, engine: EngineConfig | None, census: Any = None, alone: bool = False) -> None:
         _set_up_worker(config, census)
         self._options = config.decode_options()
-        self._census, self._alone, self._turn = census, alone, asyncio.Lock()
+        self._census, self._alone = census, alone
         self._door = Door()
         self._engine: AnyEngine | MurmurError
         try:
@@ -222,7 +222,7 @@ class EngineStage:
             self._engine = ServedEngine(config) if engine is None else load_engine(engine)
             log.info("engine: %s", self._engine.info)
             self._gauges = Gauges(self._engine)
-            self._door.limit = 2 * self._engine.info.lanes
+            self._door.limit = 1 if alone else 2 * self._engine.info.lanes
             if census is not None:  # in a process of the job, which is started again
                 exit_when_stuck(self._engine, config.engine_timeout_s)
         except MurmurError as error:
@@ -235,7 +235,7 @@ class EngineStage:
             raise self._engine
         items = [unit_from_row(row) for row in rows_of(units)]
         windows = sum(_n_windows(item, self._options) for item in items if isinstance(item, Unit))
-        async with self._turn if self._alone else self._door.opened(windows):
+        async with self._door.opened(windows):
             results = await self._results(items, self._engine)
         return to_table((unit_row(result) for result in results), UNITS)
 

@@ -8,27 +8,14 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from audio_files import tone, write_wav
-from commands import FAKE, command, last_json, murmur
+from commands import FAKE, command, last_json, murmur, tables
 
 from pipeline import cli
 
 LONG_S = 290.0  # ten Units of at most 30 s
-
-
-def tables(output: Path) -> dict[str, list[dict[str, Any]]]:
-    """Every row of every table, in its own order."""
-    found = {}
-    for name in ("recordings", "segments", "words"):
-        table = pa.concat_tables(map(pq.read_table, sorted((output / name).glob("*.parquet"))))
-        keys = [key for key in ("recording_id", "segment_id", "word_id") if key in table.column_names]
-        found[name] = table.sort_by([(key, "ascending") for key in keys]).to_pylist()
-    return found
 
 
 def committed_units(output: Path) -> list[tuple[str, int]]:

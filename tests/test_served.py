@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from audio_files import tone, write_wav
+from commands import tables
 from rich.console import Console
 
 from pipeline import job, report, served
@@ -57,15 +56,6 @@ def run(tmp_path: Path) -> Callable[..., report.Summary]:
 def settings(**more: Any) -> Config:
     keys = {name.replace("__", "."): value for name, value in more.items()}
     return load_config(overrides={"model": "demo", "vad": "none", "chunk_level": "word", **keys}, env={})
-
-
-def tables(output: Path) -> dict[str, list[dict[str, Any]]]:
-    found = {}
-    for name in ("recordings", "segments", "words"):
-        table = pa.concat_tables(map(pq.read_table, sorted((output / name).glob("*.parquet"))))
-        keys = [key for key in ("recording_id", "segment_id", "word_id") if key in table.column_names]
-        found[name] = table.sort_by([(key, "ascending") for key in keys]).to_pylist()
-    return found
 
 
 def with_scores_of(expected: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:

@@ -23,13 +23,13 @@ from random import Random
 from typing import Any
 
 import av
-import numpy as np
 
 from pipeline.config import Config, load_config
 from pipeline.demo.train.heldout import make_clip
 from pipeline.demo.train.lexicon import LANGUAGES
 from pipeline.manifest import read_inputs
 from pipeline.types import SAMPLE_RATE, Pcm, Unit
+from tests.benchmarks.long_talk import talk
 from tests.benchmarks.machine import machine
 
 ALONE_S = 1800.0  # of audio, for the engine by itself
@@ -46,18 +46,11 @@ def make_corpus(folder: Path, hours: float, random: Random) -> float:
     total = number = 0
     while total < hours * 3600 * SAMPLE_RATE:
         wanted = random.uniform(300, 1200) if number % 6 == 0 else random.uniform(20, 180)
-        pcm = talk(clips, wanted, random)
+        pcm = talk(clips, wanted, random, pause_s=(0.2, 0.8))
         write_flac(folder / f"{number:05}.flac", pcm)
         total += len(pcm)
         number += 1
     return total / SAMPLE_RATE
-
-
-def talk(clips: list[Pcm], seconds: float, random: Random) -> Pcm:
-    parts: list[Pcm] = []
-    while sum(map(len, parts)) < seconds * SAMPLE_RATE:
-        parts += [random.choice(clips), np.zeros(int(random.uniform(0.2, 0.8) * SAMPLE_RATE), np.int16)]
-    return np.concatenate(parts)
 
 
 def write_flac(path: Path, pcm: Pcm) -> None:

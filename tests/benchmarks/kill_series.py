@@ -22,25 +22,23 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle
 from pathlib import Path
 from random import Random
 from typing import Any
 
-import numpy as np
 import psutil
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from audio_files import write_wav
+from commands import tables
 from processes import find, kill, start
 
 from pipeline.demo.train.heldout import make_clip
 from pipeline.demo.train.lexicon import LANGUAGES
-from pipeline.types import SAMPLE_RATE, Pcm
+from pipeline.types import SAMPLE_RATE
+from tests.benchmarks.long_talk import talk
 from tests.benchmarks.machine import machine
 
 VICTIMS = ("driver", "engine", "driver", "decode worker", "driver", "raylet", "driver", "decoder")
@@ -105,17 +103,10 @@ def make_corpus(folder: Path, n: int, random: Random) -> float:
     total = 0
     for i in range(n):
         wanted = random.uniform(33, 50) if i % 5 == 0 else random.uniform(3, 7)
-        pcm = talk(clips, wanted, random)
+        pcm = talk(clips, wanted, random, pause_s=(0.3, 1.0))
         write_wav(folder / f"{i:04}.wav", pcm)
         total += len(pcm)
     return total / SAMPLE_RATE
-
-
-def talk(clips: Sequence[Pcm], seconds: float, random: Random) -> Pcm:
-    parts: list[Pcm] = []
-    while sum(map(len, parts)) < seconds * SAMPLE_RATE:
-        parts += [random.choice(clips), np.zeros(int(random.uniform(0.3, 1.0) * SAMPLE_RATE), np.int16)]
-    return np.concatenate(parts)
 
 
 def committed_s(output: Path) -> float:
@@ -163,15 +154,6 @@ def series(folder: Path, output: Path, kills: int, rate: float, random: Random) 
         else:
             time.sleep(random.uniform(1.0, 6.0))
     return killed, run.result()
-
-
-def tables(output: Path) -> dict[str, list[dict[str, Any]]]:
-    found = {}
-    for name in ("recordings", "segments", "words"):
-        table = pa.concat_tables(map(pq.read_table, sorted((output / name).glob("*.parquet"))))
-        keys = [key for key in ("recording_id", "segment_id", "word_id") if key in table.column_names]
-        found[name] = table.sort_by([(key, "ascending") for key in keys]).to_pylist()
-    return found
 
 
 def compare(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[str, Any]:

@@ -20,10 +20,9 @@ from pathlib import Path
 os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}  # of the cluster that is started here
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from audio_files import tone, write_wav
-from commands import FAKE, last_json, murmur
+from commands import FAKE, last_json, murmur, tables
 from faults.test_nodes import NODE, head_and_second
 from processes import start
-from test_resume import tables
 
 from tests.benchmarks.machine import machine
 

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 from audio_files import tone, write_wav
-from commands import FAKE, last_json, murmur
+from commands import FAKE, last_json, murmur, tables
 from processes import start
 from ray.cluster_utils import Cluster
-from test_resume import tables
 
 N = 30
 SLOW = "fake.faults=[{kind: hang, text: '0.5'}]"  # every Unit takes a while; the result is the same
