@@ -352,8 +352,12 @@ def _count(build: Build, units: pa.Table) -> tuple[dict[str, int], float]:
 
 
 def _read_statuses(build: Build, shard: int) -> pa.Table:
-    with build.store.open(build.paths(shard)["recordings"]) as file:
-        return pq.ParquetFile(file).read(_STATUSES.names).cast(_STATUSES)
+    path = build.paths(shard)["recordings"]
+    try:
+        with build.store.open(path) as file:
+            return pq.ParquetFile(file).read(_STATUSES.names).cast(_STATUSES)
+    except pa.ArrowInvalid as error:  # on a disk: one who wrongly believes to hold the lease puts it at this moment
+        raise StoreError(f"{build.store}/{path} is half a file ({error}); run finalize again") from None
 
 
 def _success(

@@ -391,6 +391,23 @@ def test_the_runs_own_lease_counts_too(local: Output) -> None:
         finalize(local, use_ray=False, lease=lease)
 
 
+def test_a_file_that_another_is_just_writing_is_named(local: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a disk a put is not one moment: who wrongly believes to hold the lease may be half way through one."""
+    put(local.store, ok("a"))
+    (path,) = (file for file in FILES if file.startswith("recordings") and f"-{shard_of('a', 3):05d}-" in file)
+
+    def cut_first(build: finalizing.Build, units: pa.Table) -> Any:
+        local.store.put(path, b"")
+        return count(build, units)
+
+    count = finalizing._count
+    monkeypatch.setattr(finalizing, "_count", cut_first)
+    with pytest.raises(StoreError, match=f"{path} is half a file .*; run finalize again"):
+        finalize(local, use_ray=False)
+    monkeypatch.setattr(finalizing, "_count", count)
+    assert finalize(local, use_ray=False).counts["unlisted"] == 1
+
+
 def test_a_doubled_recording_is_noticed(local: Output) -> None:
     """The law is checked on the files themselves: here one shard's file was copied over another's."""
     put(local.store, *(ok(f"r{i}") for i in range(9)))
