@@ -229,6 +229,29 @@ def evaluate(output: OutputArgument, as_json: Json = False, verbose: Verbose = F
     _finish(EXIT_OK, as_json, found.to_json())
 
 
+@app.command()
+def serve(
+    models: Annotated[
+        list[str] | None,
+        typer.Option("--model", help="Hub id, folder, fsspec URI, or demo; may be repeated.", show_default=False),
+    ] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Others than this machine need tokens.", show_default="127.0.0.1")
+    ] = None,
+    port: Annotated[int | None, typer.Option(show_default="8000")] = None,
+    config_file: ConfigFile = None,
+    sets: Sets = None,
+    verbose: Verbose = False,
+) -> None:
+    """Answer over HTTP: DeepInfra's route, OpenAI's, and a page to try it on. Until a signal comes."""
+    from serve_app.deployment import serve_here
+
+    own = {"host": host, "port": port}
+    configs = [load_config(config_file, {"model": model, **own}, sets or ()) for model in models or (None,)]
+    logs.set_up(configs[0].log_format, verbose=verbose)
+    serve_here(configs, _say, verbose)
+
+
 @app.command(context_settings={"allow_interspersed_args": False})
 def submit(
     command: Annotated[

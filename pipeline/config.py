@@ -86,6 +86,25 @@ class ServeConfig(_Frozen):
     app: str = Field("murmuration", description="the application's name")
 
 
+class LimitsConfig(_Frozen):
+    """What a request over HTTP may take. Windows are encoder windows; null: from the engines' lanes."""
+
+    body_mb: Annotated[int, Field(ge=1)] = 100
+    audio_s: Annotated[int, Field(ge=1)] = Field(14_400, description="seconds of audio of one request")
+    deadline_s: Annotated[float, Field(gt=0)] = Field(600.0, description="of a request; its audio's length is added")
+    in_flight_windows: Annotated[int, Field(ge=1)] | None = Field(None, description="in the engines at once")
+    queued_windows: Annotated[int, Field(ge=0)] | None = Field(None, description="waiting, before others are refused")
+    busy_status: Literal[429, 503] = Field(503, description="of what is refused for want of room")
+
+
+class WebhookConfig(_Frozen):
+    """Who may be called, and where what is to be delivered lies meanwhile."""
+
+    allow: tuple[str, ...] = Field((), description="besides public https: host, network, or origin (also http)")
+    spool: str | None = Field(None, description="folder; null: under the user's state folder")
+    spool_mb: Annotated[int, Field(ge=1)] = 2048
+
+
 class Config(_Frozen):
     """Every setting of a run, as in the design's table of keys."""
 
@@ -144,6 +163,15 @@ class Config(_Frozen):
     serve: ServeConfig = ServeConfig()
     pool: PoolConfig = PoolConfig()
 
+    host: str = Field("127.0.0.1", description="what `murmur serve` listens on; others need tokens")
+    port: Annotated[int, Field(ge=0, le=65_535)] = 8000
+    ui: bool = Field(True, description="the page at /")
+    tokens_file: str | None = Field(None, description="who may call, one token a line; read again when it changes")
+    limits: LimitsConfig = LimitsConfig()
+    webhook: WebhookConfig = WebhookConfig()
+    price_per_minute: Annotated[float, Field(ge=0)] = Field(0.0, description="of audio, for `cost` in answers")
+    canary_s: Annotated[float, Field(gt=0)] = Field(30.0, description="an idle engine decodes a window this often")
+
     @field_validator("language", mode="before")
     @classmethod
     def _norwegian(cls, value: Any) -> Any:
@@ -184,10 +212,11 @@ class Config(_Frozen):
 
 
 # What a result depends on. `dtype` and `model` are fingerprinted as resolved, by the caller.
+SERVER_KEYS = ("host", "port", "ui", "tokens_file", "limits", "webhook", "price_per_minute", "canary_s")
 _NOT_IN_FINGERPRINT = frozenset(
     "device engine lanes log_format max_failed_fraction decode_timeout_s decode_memory_mb engine_timeout_s ray"
     " serve pool".split()
-)
+).union(SERVER_KEYS)
 
 # A model may bring its own defaults; the user's settings win.
 MODEL_DEFAULTS: dict[str, dict[str, Any]] = {

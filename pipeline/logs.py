@@ -12,8 +12,8 @@ import logging
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, Literal, TextIO
 
@@ -21,7 +21,11 @@ from pipeline.errors import redact
 
 LogFormat = Literal["text", "json"]
 
-FIELDS = ("recording", "kind", "stage", "attempts")  # what a line may say beside its message: `extra=` of the call
+# What a line may say beside its message: `extra=` of the call. The second line is a request's over HTTP.
+FIELDS = (
+    *("recording", "kind", "stage", "attempts"),
+    *("request", "route", "status", "body_bytes", "audio_s", "runtime_ms"),
+)
 _LONGEST = 4000  # characters of a message; what is longer is some library's dump
 _recording: ContextVar[str | None] = ContextVar("recording", default=None)
 
@@ -48,7 +52,31 @@ def set_up(log_format: LogFormat = "text", *, verbose: bool = False) -> None:
     handler = Stderr()
     handler.setFormatter(JsonLines() if log_format == "json" else Lines())
     root.addHandler(handler)
-    logging.getLogger("pipeline").setLevel(logging.DEBUG if verbose else logging.INFO)
+    for ours in ("pipeline", "serve_app"):
+        logging.getLogger(ours).setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+@contextmanager
+def also(tell: Callable[[str], None]) -> Iterator[None]:
+    """In the body each line is told to somebody else too, formatted as on stderr."""
+    root = logging.getLogger()
+    handler = _Told(tell)
+    handler.setFormatter(next((each.formatter for each in root.handlers if isinstance(each, Stderr)), Lines()))
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+
+
+class _Told(logging.Handler):
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        super().__init__()
+        self._tell = tell
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(RuntimeError):  # a loop that has ended meanwhile
+            self._tell(self.format(record))
 
 
 class Stderr(logging.StreamHandler[TextIO]):

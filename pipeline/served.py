@@ -105,7 +105,7 @@ class ServedEngine:
 
         while True:
             try:
-                with _plain_errors():
+                with plain_serve_errors():
                     result: UnitResult = await self._handle.submit.remote(unit, options)
                     return result
             except ActorUnavailableError as error:
@@ -148,7 +148,7 @@ def _handle(config: Config) -> Any:
 
 def _describe(handle: Any, config: Config) -> ServedModel:
     """What one replica says, once it is ready. Raises `ConfigError` for options that its model cannot honour."""
-    with _plain_errors():
+    with plain_serve_errors():
         model: ServedModel = handle.describe.remote(config.decode_options()).result(timeout_s=_ANSWER_WITHIN_S)
     return model
 
@@ -172,7 +172,7 @@ def _listed(names: Any) -> str:
 
 
 @contextmanager
-def _plain_errors() -> Iterator[None]:
+def plain_serve_errors() -> Iterator[None]:
     """Our own errors as they were raised in the replica, without the traceback that Ray puts around them."""
     from ray.exceptions import ActorDiedError, RayTaskError
     from ray.serve.exceptions import DeploymentUnavailableError

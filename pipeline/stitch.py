@@ -50,10 +50,7 @@ def stitch_unit(unit: Unit, plan: Plan, hypotheses: Sequence[Hypothesis]) -> Uni
     """
     if len(hypotheses) != len(plan.spans):
         raise ValueError(f"{len(hypotheses)} hypotheses for {len(plan.spans)} spans")
-    placed = [
-        tuple(_place(hypothesis, Range(unit.start + span.start, unit.start + span.stop)))
-        for span, hypothesis in zip(plan.spans, hypotheses, strict=True)
-    ]
+    placed = [place(unit, span, hypothesis) for span, hypothesis in zip(plan.spans, hypotheses, strict=True)]
     segments = tuple(segment for of_span in placed for segment in of_span)
     language = next((h for h in hypotheses if h.language is not None), None)
     result = UnitResult(
@@ -77,6 +74,11 @@ def stitch_unit(unit: Unit, plan: Plan, hypotheses: Sequence[Hypothesis]) -> Uni
         return result
     empty = [span for span, of_span in zip(plan.spans, placed, strict=True) if not of_span]
     return _with_coverage(result, unit.speech, empty)
+
+
+def place(unit: Unit, span: Range, hypothesis: Hypothesis) -> tuple[Segment, ...]:
+    """The segments of one span of a Unit's plan, as `stitch_unit` has them."""
+    return tuple(_place(hypothesis, Range(unit.start + span.start, unit.start + span.stop)))
 
 
 def failed_unit(unit: Unit, failure: Failure) -> UnitResult:

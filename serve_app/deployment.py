@@ -1,36 +1,57 @@
-"""The application on Ray Serve: the engines of each model are a deployment; `build_app` puts them together.
+"""The application on Ray Serve: an HTTP server, and the engines of each model, a deployment each.
 
-    serve run configs/serve.yaml          the applications of a file, `import_path: serve_app.deployment:build_app`
+    murmur serve                          on one machine          serve run configs/serve.yaml          on a cluster
     engine: serve                         the job's Units come to these same engines (`pipeline.served`)
 
-A replica owns one engine, whose lanes the windows of all callers share: nothing is batched by Serve. It is ready when
-a window has been decoded, and healthy while it moves: busy, something in flight comes further; idle, a window is
-decoded now and then. Knows neither HTTP nor what a request is.
+A replica of an engine deployment owns one engine, whose lanes the windows of all callers share: nothing is batched by
+Serve, and nothing waits in it. It is ready when a window has been decoded, and healthy while it moves: busy, something
+in flight comes further; idle, a window is decoded now and then. The deployment `front` runs our own HTTP server
+(`server.py`) on a port of its node, and calls the engines through their handles; Serve's proxies are not used. It
+decodes audio, and needs CPUs; engines need what their models need.
 """
 
 # No `from __future__ import annotations`: Serve checks an application's `args` by the type that `build_app` names.
 import asyncio
+import math
+import os
+import threading
 import time
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, Self
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ray import serve
+from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 from ray.serve.handle import DeploymentHandle
 
-from pipeline.config import FakeConfig
-from pipeline.engine import EngineConfig, load_engine
+from pipeline import logs
+from pipeline.cluster import Cluster
+from pipeline.config import SERVER_KEYS, Config, FakeConfig, LimitsConfig, WebhookConfig, load_config
+from pipeline.engine import EngineConfig, EngineInfo, Heard, load_engine
 from pipeline.engine.checkpoint import model_fingerprint, read_json, resolve_model, revision_of
 from pipeline.engine.tokens import Tokenizer, check_options
-from pipeline.errors import EngineError
-from pipeline.served import ServedModel, deployment_name
-from pipeline.types import DecodeOptions, Unit, UnitResult, samples
+from pipeline.errors import ConfigError, EngineError
+from pipeline.machine import usable_cores
+from pipeline.served import ServedModel, deployment_name, plain_serve_errors
+from pipeline.types import DecodeOptions, Segment, Unit, UnitResult
+from serve_app.app import create_app
+from serve_app.auth import Tokens, refuse_open
+from serve_app.errors import NotReadyError
+from serve_app.server import HttpServer
+from serve_app.serving import Standing, prove
+from serve_app.webhook import WebhookSettings
 
 _MOST_LANES = 256  # of an engine that chooses by its memory
 _DRAIN_S = 600.0  # a replica that is to go finishes what it has; a Unit on a slow CPU takes minutes
 _HEALTH_EVERY_S, _HEALTH_WITHIN_S = 10.0, 120.0  # a window of a large model on a CPU takes half a minute
+_DEATHS = 2  # of replicas with one Unit in them, after which it is the Unit that is to blame
+_PER_LANE = 1.25  # windows in an engine for each of its lanes, above which another replica is wanted
+FRONT = "front"
+_LINES = 10_000
 
 
 class _Args(BaseModel):
@@ -48,8 +69,17 @@ class ModelArgs(_Args):
     lanes: Annotated[int, Field(ge=1, le=4096)] | None = None
     fake: FakeConfig = FakeConfig()
     replicas: Annotated[int, Field(ge=1)] = 1
+    max_replicas: Annotated[int, Field(ge=1)] | None = Field(None, description="more, as windows are queued")
     num_cpus: Annotated[float, Field(ge=0)] = 1.0
     num_gpus: Annotated[float, Field(ge=0)] = 0.0
+    settings: dict[str, Any] = Field({}, description="any setting of the job's that says how audio is read and decoded")
+
+    def config(self) -> Config:
+        """What a request does not say. Raises `ConfigError` for a setting that is none of a model's."""
+        wrong = next((key for key in self.settings if key.partition(".")[0] in _NOT_A_MODELS), None)
+        if wrong is not None:
+            raise ConfigError(f"models: {self.model}: settings: {wrong} is not a model's; it has a key of its own")
+        return load_config(overrides={**self.settings, "model": self.model}, env={})
 
     def engine_config(self) -> EngineConfig:
         on_gpu = self.num_gpus > 0
@@ -59,15 +89,32 @@ class ModelArgs(_Args):
             device=self.device if self.device != "auto" else "cuda" if on_gpu else "cpu",
             dtype=self.dtype,
             lanes=self.lanes,
-            threads=None if on_gpu else max(1, int(self.num_cpus)),
+            threads=None if on_gpu else max(1, min(int(self.num_cpus), usable_cores())),
             fake_faults=self.fake.faults if self.engine == "fake" else None,
         )
 
 
+_NOT_A_MODELS = frozenset(
+    {*SERVER_KEYS, *ModelArgs.model_fields, "ray", "serve", "pool", "max_failed_fraction", "log_format"} - {"settings"}
+)
+
+
 class AppArgs(_Args):
-    """The `args` of an application in Serve's configuration file."""
+    """The `args` of an application in Serve's configuration file. The server's keys are those of `murmur serve`."""
 
     models: Annotated[tuple[ModelArgs, ...], Field(min_length=1)] = (ModelArgs(),)
+    http: bool = Field(True, description="false: engines only, for jobs with `engine: serve`")
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65_535)] = 8000
+    ui: bool = True
+    tokens_file: str | None = None
+    limits: LimitsConfig = LimitsConfig()
+    webhook: WebhookConfig = WebhookConfig()
+    price_per_minute: Annotated[float, Field(ge=0)] = 0.0
+    front_cpus: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="logical CPUs of the server, which decodes audio"
+    )
+    log_format: Literal["text", "json"] = "text"
     canary_s: Annotated[float, Field(gt=0)] = Field(30.0, description="an idle engine decodes a window this often")
     engine_timeout_s: Annotated[float, Field(gt=0)] = Field(600.0, description="busy and still for so long: unhealthy")
 
@@ -99,6 +146,34 @@ class EngineReplica:
         self._proven_at = time.monotonic()
         return result
 
+    async def stream(self, unit: Unit, options: DecodeOptions) -> AsyncIterator[Sequence[Segment] | UnitResult]:
+        """As `submit`: segments as they are decided, in the end the result."""
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[Sequence[Segment]]()
+
+        def heard(segments: Sequence[Segment]) -> None:
+            loop.call_soon_threadsafe(queue.put_nowait, segments)
+
+        deciding = asyncio.ensure_future(self._engine.submit(unit, options, heard))
+        try:
+            while not (deciding.done() and queue.empty()):
+                getting = asyncio.ensure_future(queue.get())
+                await asyncio.wait({getting, deciding}, return_when=asyncio.FIRST_COMPLETED)
+                if getting.done():
+                    yield getting.result()
+                getting.cancel()
+            self._proven_at = time.monotonic()
+            yield await deciding
+        finally:
+            deciding.cancel()
+
+    async def standing(self) -> Standing:
+        """What the engine is doing."""
+        return Standing(self._engine.load(), time.monotonic() - self._proven_at)
+
+    async def record_autoscaling_stats(self) -> dict[str, int]:
+        """For `replicas_for_windows`."""
+        return {"windows": self._engine.n_windows, "lanes": self._engine.info.lanes}
+
     async def describe(self, options: DecodeOptions) -> ServedModel:
         """What is served here. Raises `ConfigError` for options that it cannot honour."""
         if self._tokenizer is not None:
@@ -115,39 +190,283 @@ class EngineReplica:
             await asyncio.to_thread(self._prove)
 
     def _prove(self) -> None:
-        """Decode a second of noise: what is loaded works, and the dispatcher lives."""
-        noise = np.random.default_rng(0).integers(-2000, 2000, samples(1.0)).astype(np.int16)
-        self._engine.decode([noise], DecodeOptions(language="en", temperature_fallback=False, max_tokens=8))
+        prove(self._engine)
         self._proven_at = time.monotonic()
 
 
+def replicas_for_windows(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+    """How many replicas the windows in the engines call for: one request may be one window or five hundred."""
+    metrics = context.aggregated_metrics or {}
+    windows, lanes = (metrics.get(name, {}).values() for name in ("windows", "lanes"))
+    wanted = math.ceil(sum(windows) / (_PER_LANE * max(lanes, default=1)))
+    bounds = context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas
+    return min(max(wanted, bounds[0], 1), bounds[1]), {}
+
+
+class ReplicaModel:
+    """`serve_app.serving.Model` of a deployment: its engines are behind a handle."""
+
+    def __init__(self, args: ModelArgs, handle: DeploymentHandle) -> None:
+        self.id, self.config = args.model, args.config()
+        self._handle = handle
+        self._model: ServedModel | None = None
+        self._replicas = args.replicas
+
+    @property
+    def info(self) -> EngineInfo:
+        if self._model is None:
+            raise NotReadyError(f"{self.id} is being loaded")
+        return self._model.info
+
+    @property
+    def lanes(self) -> int:
+        return self._replicas * (self._model.info.lanes if self._model else 1)
+
+    async def submit(self, unit: Unit, options: DecodeOptions, heard: Heard | None = None) -> UnitResult:
+        """A replica that dies has its Units sent to another; one that kills `_DEATHS` of them is given up."""
+        tell, deaths = _Once(heard), 0
+        while True:
+            try:
+                with plain_serve_errors():
+                    return await self._asked(unit, options, tell)
+            except ActorUnavailableError:
+                await asyncio.sleep(0.5)
+            except ActorDiedError:
+                deaths += 1
+                if deaths >= _DEATHS:
+                    raise EngineError(f"the engine died {deaths} times with a part of this audio in it") from None
+                await asyncio.sleep(0.5)
+
+    async def _asked(self, unit: Unit, options: DecodeOptions, tell: "_Once") -> UnitResult:
+        if tell.heard is None:
+            response = self._handle.submit.remote(unit, options)
+            try:
+                result: UnitResult = await response
+                return result
+            except asyncio.CancelledError:
+                response.cancel()
+                raise
+        stream = self._handle.options(stream=True).stream.remote(unit, options)
+        tell.again()
+        try:
+            async for item in stream:
+                if isinstance(item, UnitResult):
+                    return item
+                tell(item)
+        except asyncio.CancelledError:
+            stream.cancel()
+            raise
+        raise EngineError("a stream of segments ended without its result")
+
+    async def standing(self) -> Standing:
+        with plain_serve_errors():
+            if self._model is None:
+                self._model = await self._handle.describe.remote(self.config.decode_options())
+            standing: Standing = await self._handle.standing.remote()
+        return standing
+
+
+class _Once:
+    """Tells each segment once, also where a second replica begins the Unit again."""
+
+    def __init__(self, heard: Heard | None) -> None:
+        self.heard = heard
+        self._told = self._seen = 0
+
+    def again(self) -> None:
+        self._seen = 0
+
+    def __call__(self, segments: Sequence[Segment]) -> None:
+        assert self.heard is not None
+        new = segments[max(0, self._told - self._seen) :]
+        self._seen += len(segments)
+        self._told = max(self._told, self._seen)
+        if new:
+            self.heard(new)
+
+
 class Front:
-    """The application's ingress. HTTP is to be its face; so far it says which models there are."""
+    """The HTTP server, on a port of this replica's node. It drains when Serve, or `murmur serve`, ends it."""
 
-    def __init__(self, engines: Mapping[str, DeploymentHandle]) -> None:
-        self._engines = dict(engines)
+    def __init__(self, args: AppArgs, engines: Sequence[DeploymentHandle]) -> None:
+        logs.set_up(args.log_format)
+        models = [ReplicaModel(model, handle) for model, handle in zip(args.models, engines, strict=True)]
+        tokens = Tokens.find(args.tokens_file)  # and of this process's environment: arguments lie in Ray's store
+        refuse_open(tokens, args.host)
+        server = create_app(
+            models,
+            args.limits,
+            tokens=tokens,
+            webhooks=webhook_settings(args.webhook, os.environ),
+            price_per_minute=args.price_per_minute,
+            canary_s=args.canary_s,
+            engine_timeout_s=args.engine_timeout_s,
+            ui=args.ui,
+        )
+        self._server = HttpServer(server, args.host, args.port, drain_s=args.limits.deadline_s)
+        self._server.start()
 
-    def models(self) -> list[str]:
-        return sorted(self._engines)
+    def url(self) -> str:
+        return self._server.url
+
+    async def lines(self) -> AsyncIterator[str]:
+        """What is logged here from now on, for who started this on one machine: Ray would put its own words before."""
+        loop, lines = asyncio.get_running_loop(), asyncio.Queue[str](_LINES)
+
+        def tell(line: str) -> None:
+            loop.call_soon_threadsafe(_put, lines, line)
+
+        with logs.also(tell):
+            while True:
+                yield await lines.get()
+
+    def why_not_ready(self) -> str | None:
+        return self._server.app.why_not_ready()
+
+    async def check_health(self) -> None:
+        if not self._server.is_alive:
+            raise EngineError("the HTTP server has ended")
+
+    async def drain(self) -> None:
+        """Returns when what runs has ended."""
+        await asyncio.to_thread(self._server.drain)
+
+    async def __del__(self) -> None:
+        await self.drain()
+
+
+def _put(lines: "asyncio.Queue[str]", line: str) -> None:
+    """Where nobody reads them, they are in the process's own log."""
+    with suppress(asyncio.QueueFull):
+        lines.put_nowait(line)
+
+
+class Idle:
+    """The ingress that Serve wants every application to have, where nobody is to come in."""
+
+
+def webhook_settings(config: WebhookConfig, env: Mapping[str, str]) -> WebhookSettings:
+    """Where they lie by default: `XDG_STATE_HOME`, else the home folder."""
+    state = Path(env.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    spool = Path(config.spool).expanduser() if config.spool else state / "murmuration" / "webhooks"
+    return WebhookSettings(config.allow, spool, config.spool_mb, env.get("MURMUR_WEBHOOK_SECRET"))
 
 
 def build_app(args: AppArgs) -> Application:
-    """What Serve runs for these arguments."""
-    engines = {each.model: _engines(each, args) for each in args.models}
-    front: Application = serve.deployment(Front, name="front", ray_actor_options={"num_cpus": 0}).bind(engines)
-    return front
+    """What Serve runs for these arguments. Raises `ConfigError`."""
+    for each in args.models:
+        each.config()
+    engines = [_engines(each, args) for each in args.models]
+    deployment = serve.deployment(
+        Front,
+        name=FRONT,
+        ray_actor_options={"num_cpus": args.front_cpus if args.http else 0},
+        max_ongoing_requests=100,
+        graceful_shutdown_timeout_s=args.limits.deadline_s + 20,
+    ) if args.http else serve.deployment(Idle, name=FRONT, ray_actor_options={"num_cpus": 0})  # fmt: skip
+    app: Application = deployment.bind(args, engines)
+    return app
 
 
 def _engines(model: ModelArgs, args: AppArgs) -> Any:
     """The deployment of one model's engines. Calls never wait in Serve: admission is the callers' and the engine's."""
+    scaling: dict[str, Any] = {"num_replicas": model.replicas}
+    if model.max_replicas is not None and model.max_replicas > model.replicas:
+        policy = AutoscalingPolicy(policy_function="serve_app.deployment:replicas_for_windows")
+        bounds = {"min_replicas": model.replicas, "max_replicas": model.max_replicas}
+        scaling = {"autoscaling_config": AutoscalingConfig(**bounds, policy=policy)}
     deployment = serve.deployment(
         EngineReplica,
         name=deployment_name(model.model),
-        num_replicas=model.replicas,
         ray_actor_options={"num_cpus": model.num_cpus, "num_gpus": model.num_gpus},
         max_ongoing_requests=4 * (model.lanes or _MOST_LANES),
         health_check_period_s=_HEALTH_EVERY_S,
         health_check_timeout_s=_HEALTH_WITHIN_S,
         graceful_shutdown_timeout_s=_DRAIN_S,
+        **scaling,
     )
     return deployment.bind(model.engine_config(), args.canary_s, args.engine_timeout_s)
+
+
+# ---- on one machine: `murmur serve`
+
+
+def serve_here(configs: Sequence[Config], say: Callable[[str], None], verbose: bool = False) -> NoReturn:
+    """Serve these models (one config each) until a signal comes, and then drain. Server's keys are the first one's.
+
+    Raises `ConfigError` and `ModelError` before anything is started.
+    """
+    refuse_open(Tokens.find(configs[0].tokens_file), configs[0].host)
+    for config in configs:
+        _refuse_unknown(config)
+    with Cluster(configs[0].ray) as cluster:
+        nodes = cluster.nodes()
+        args = args_for(configs, sum(node.cpus for node in nodes), sum(node.gpus for node in nodes))
+        name = configs[0].serve.app
+        serve.start(proxy_location="Disabled", logging_config={"log_level": "INFO" if verbose else "ERROR"})
+        try:
+            _serve_until_stopped(args, name, say)
+        finally:
+            serve.shutdown()
+
+
+def _serve_until_stopped(args: AppArgs, name: str, say: Callable[[str], None]) -> NoReturn:
+    say(f"loading {', '.join(model.model for model in args.models)}")
+    front = serve.run(build_app(args), name=name, route_prefix=None)
+    reading = threading.Thread(target=_forward, args=(front, say), name="lines", daemon=True)
+    reading.start()
+    try:
+        say(f"listening on {front.url.remote().result()}")
+        while (reason := front.why_not_ready.remote().result()) is not None:
+            time.sleep(0.2)
+            if (app := serve.status().applications[name]).status == "DEPLOY_FAILED":
+                raise EngineError(f"the application did not start: {app.message.strip()[:500] or reason}")
+        say("ready")
+        while True:
+            time.sleep(3600)
+    except BaseException:
+        say("draining: what runs is finished, nothing new is taken; a second signal ends it at once")
+        front.drain.remote().result(timeout_s=args.limits.deadline_s + 20)
+        raise
+
+
+def _forward(front: DeploymentHandle, say: Callable[[str], None]) -> None:
+    """What the server logs, until it is no more."""
+    with suppress(Exception):
+        for line in front.options(stream=True).lines.remote():
+            say(line)
+
+
+def _refuse_unknown(config: Config) -> None:
+    if config.engine == "fake":
+        return
+    if config.engine == "serve":
+        raise ConfigError("engine: serve is a job's; this is what it calls")
+    folder = resolve_model(config.model, config.revision)
+    check_options(config.decode_options(), Tokenizer.load(folder, read_json(folder, "config.json")["vocab_size"]))
+
+
+def args_for(configs: Sequence[Config], cpus: float, gpus: float) -> AppArgs:
+    """The application's arguments for one machine with so many logical CPUs and GPUs: a GPU for each model where there
+    are enough, else the CPUs in equal parts, but for one, which is the server's."""
+    first = configs[0]
+    on_gpu = gpus >= len(configs) and all(config.device != "cpu" for config in configs)
+    share = {"num_cpus": 1.0, "num_gpus": 1.0} if on_gpu else {"num_cpus": max(1.0, (cpus - 1) // len(configs))}
+    models = tuple(
+        ModelArgs.model_validate(
+            {
+                name: getattr(config, name)
+                for name in ("model", "revision", "engine", "device", "dtype", "lanes", "fake")
+            }
+            | share
+            | {"settings": _settings_of(config)}
+        )
+        for config in configs
+    )
+    own = {name: getattr(first, name) for name in (*SERVER_KEYS, "log_format", "engine_timeout_s")}
+    return AppArgs(models=models, **own)
+
+
+def _settings_of(config: Config) -> dict[str, Any]:
+    said = config.model_dump(mode="json", exclude_unset=True)
+    return {key: value for key, value in said.items() if key not in _NOT_A_MODELS and key != "engine_timeout_s"}

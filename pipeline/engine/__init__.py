@@ -7,13 +7,13 @@ torch: that comes with the first real engine.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
 from pipeline.config import Config, Fault
 from pipeline.errors import ConfigError
-from pipeline.types import DecodeOptions, Hypothesis, Pcm, Recording, Unit, UnitResult
+from pipeline.types import DecodeOptions, Hypothesis, Pcm, Recording, Segment, Unit, UnitResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,9 @@ class EngineLoad:
     idle_s: float  # since anything in flight last came further; 0 where nothing is in flight
 
 
+Heard = Callable[[Sequence[Segment]], None]
+
+
 class Engine(Protocol):
     """One device with one model. No state survives a call; results do not depend on what else is in the batch."""
 
@@ -75,9 +78,10 @@ class Engine(Protocol):
         """
         ...
 
-    async def submit(self, unit: Unit, options: DecodeOptions) -> UnitResult:
+    async def submit(self, unit: Unit, options: DecodeOptions, heard: Heard | None = None) -> UnitResult:
         """One Unit, decoded beside all others submitted; cancelling the await frees its lanes.
 
+        `heard` is told the result's segments as they are decided, in their order, each once; from another thread.
         Raises `EngineError`, or `ConfigError` for options it cannot honour.
         """
         ...

@@ -21,7 +21,7 @@ from typing import Self
 import numpy as np
 
 from pipeline.config import Fault, FaultStage
-from pipeline.engine import EngineConfig, EngineInfo, EngineLoad, options_for
+from pipeline.engine import EngineConfig, EngineInfo, EngineLoad, Heard, options_for
 from pipeline.errors import (
     EngineError,
     EngineMemoryError,
@@ -133,14 +133,17 @@ class FakeEngine:
                 result = failed_unit(unit, failure_of(error, "engine"))
             yield result
 
-    async def submit(self, unit: Unit, options: DecodeOptions) -> UnitResult:
+    async def submit(self, unit: Unit, options: DecodeOptions, heard: Heard | None = None) -> UnitResult:
         fault = self._faults.strike(unit.recording.id, "engine")
         with self._in_flight(unit, options):
             if fault is not None and fault.kind == "hang":  # the event loop must go on serving the others
                 await asyncio.sleep(hang_s(fault))
             elif fault is not None:
                 act(fault, "engine")
-            return self._result(unit, options, fault)
+            result = self._result(unit, options, fault)
+            if heard is not None and result.segments:
+                heard(result.segments)
+            return result
 
     @contextmanager
     def _in_flight(self, unit: Unit, options: DecodeOptions) -> Iterator[None]:

@@ -23,7 +23,7 @@ from typing import Any, Self
 
 import torch
 
-from pipeline.engine import EngineConfig, EngineInfo, EngineLoad, options_for
+from pipeline.engine import EngineConfig, EngineInfo, EngineLoad, Heard, options_for
 from pipeline.engine.checkpoint import resolve_model, revision_of
 from pipeline.engine.decoding import Span, Window, walk
 from pipeline.engine.features import HOP, N_SAMPLES, LogMel
@@ -32,7 +32,7 @@ from pipeline.engine.scheduler import Scheduler, Task
 from pipeline.engine.tokens import Tokenizer, check_options
 from pipeline.errors import ConfigError, EngineError, ModelError, MurmurError, failure_of
 from pipeline.machine import has_bfloat16
-from pipeline.stitch import failed_unit, stitch_unit
+from pipeline.stitch import failed_unit, place, stitch_unit
 from pipeline.types import DecodeOptions, Hypothesis, Pcm, Unit, UnitResult
 from pipeline.windows import language_slice, plan
 
@@ -120,8 +120,8 @@ class LocalEngine:
             for job in jobs:
                 job.future.cancel()
 
-    async def submit(self, unit: Unit, options: DecodeOptions) -> UnitResult:
-        return await asyncio.wrap_future(self._submit(unit, options).future)
+    async def submit(self, unit: Unit, options: DecodeOptions, heard: Heard | None = None) -> UnitResult:
+        return await asyncio.wrap_future(self._submit(unit, options, heard).future)
 
     @property
     def n_windows(self) -> int:
@@ -146,10 +146,10 @@ class LocalEngine:
 
     # -- from a Unit to walks --------------------------------------------------------------------------------
 
-    def _submit(self, unit: Unit, options: DecodeOptions) -> _UnitJob:
+    def _submit(self, unit: Unit, options: DecodeOptions, heard: Heard | None = None) -> _UnitJob:
         options = options_for(unit.recording, options)
         check_options(options, self._tokenizer)
-        job = _UnitJob(self, unit, options)
+        job = _UnitJob(self, unit, options, heard)
         self._post(job.start)
         return job
 
@@ -190,7 +190,8 @@ class LocalEngine:
 class _UnitJob:
     """One Unit in flight: all its spans are walked at once, the last one's end makes the result."""
 
-    def __init__(self, engine: LocalEngine, unit: Unit, options: DecodeOptions) -> None:
+    def __init__(self, engine: LocalEngine, unit: Unit, options: DecodeOptions, heard: Heard | None) -> None:
+        self._heard, self._n_told = heard, 0  # spans whose segments it was told
         self.future: Future[UnitResult] = Future()
         self._engine, self._unit, self._options = engine, unit, options
         self._plan = plan(unit, options)
@@ -246,8 +247,23 @@ class _UnitJob:
             _settle(self.future, result)
             return
         self._hypotheses[i] = result
+        if self._heard is not None:
+            self._tell(self._heard)
         if len(self._hypotheses) == self.n_spans:
             self._finish()
+
+    def _tell(self, heard: Heard) -> None:
+        """What is decided up to the first span that is not."""
+        while self._n_told in self._hypotheses and not self.future.done():
+            span, hypothesis = self._plan.spans[self._n_told], self._hypotheses[self._n_told]
+            self._n_told += 1
+            if segments := place(self._unit, span, hypothesis):
+                try:
+                    heard(segments)
+                except Exception:  # its loop has ended, say: that may not cost the others in the batch anything
+                    log.exception("engine: a listener failed")
+                    self._heard = None
+                    return
 
     def _finish(self) -> None:
         hypotheses = [self._hypotheses[i] for i in range(self.n_spans)]
