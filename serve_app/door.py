@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.context import App, Context
-from serve_app.errors import Answer, RefusedError, answer
+from serve_app.errors import Answer, NotReadyError, RefusedError, answer
 
 log = logging.getLogger(__name__)
 
@@ -72,9 +72,11 @@ class Door:
                 except ClientDisconnect:
                     context.kind = "gone"
                 except RefusedError as error:
-                    said = answer(error, openai=is_openai(scope["path"]))
-                    context.kind = said.kind
-                    await passage.answer(said)
+                    await self._say(error, scope, passage, context)
+                except asyncio.CancelledError:  # by the server, whose time to drain is over
+                    if passage.status is None:
+                        await self._say(NotReadyError("not ready: shutting down"), scope, passage, context)
+                    raise
                 except Exception:  # whatever it is, the caller was told, and the next one is served
                     log.exception("request %s", context.id)
                     context.kind = "internal"
@@ -91,6 +93,12 @@ class Door:
                 meters.refused.labels(kind).inc()
             if route not in OPEN:
                 self._log(scope["method"], route, status, kind, passage.n_read, context)
+
+    @staticmethod
+    async def _say(error: Exception, scope: Scope, passage: _Passage, context: Context) -> None:
+        said = answer(error, openai=is_openai(scope["path"]))
+        context.kind = said.kind
+        await passage.answer(said)
 
     @staticmethod
     def _log(method: str, route: str, status: str, kind: str, body_bytes: int, context: Context) -> None:
