@@ -114,6 +114,9 @@ class AppArgs(_Args):
     front_cpus: Annotated[float, Field(ge=0)] = Field(
         1.0, description="logical CPUs of the server, which decodes audio"
     )
+    front_resources: dict[str, float] = Field(
+        {}, description="of the node that the server is to run on, by Ray's names"
+    )
     log_format: Literal["text", "json"] = "text"
     canary_s: Annotated[float, Field(gt=0)] = Field(30.0, description="an idle engine decodes a window this often")
     engine_timeout_s: Annotated[float, Field(gt=0)] = Field(600.0, description="busy and still for so long: unhealthy")
@@ -344,6 +347,9 @@ def _put(lines: "asyncio.Queue[str]", line: str) -> None:
 class Idle:
     """The ingress that Serve wants every application to have, where nobody is to come in."""
 
+    def __init__(self, args: AppArgs, engines: Sequence[DeploymentHandle]) -> None:
+        """Its arguments are what makes Serve deploy the engines."""
+
 
 def webhook_settings(config: WebhookConfig, env: Mapping[str, str]) -> WebhookSettings:
     """Where they lie by default: `XDG_STATE_HOME`, else the home folder."""
@@ -360,7 +366,7 @@ def build_app(args: AppArgs) -> Application:
     deployment = serve.deployment(
         Front,
         name=FRONT,
-        ray_actor_options={"num_cpus": args.front_cpus if args.http else 0},
+        ray_actor_options={"num_cpus": args.front_cpus, "resources": args.front_resources},
         max_ongoing_requests=100,
         graceful_shutdown_timeout_s=args.limits.deadline_s + 20,
     ) if args.http else serve.deployment(Idle, name=FRONT, ray_actor_options={"num_cpus": 0})  # fmt: skip

@@ -124,8 +124,8 @@ FIELDS: dict[str, set[str]] = {
     "resources": {"requests", "limits"},
     "requests": {"cpu", "memory", "nvidia.com/gpu"}, "limits": {"cpu", "memory", "nvidia.com/gpu"},
     "volumeMounts": {"name", "mountPath", "readOnly"},
-    "volumes": {"name", "emptyDir", "configMap", "persistentVolumeClaim"},
-    "emptyDir": {"medium", "sizeLimit"}, "configMap": {"name"},
+    "volumes": {"name", "emptyDir", "configMap", "secret", "persistentVolumeClaim"},
+    "emptyDir": {"medium", "sizeLimit"}, "configMap": {"name"}, "secret": {"secretName"},
 }  # fmt: skip
 UNITS = {"Gi": 1 << 30, "Mi": 1 << 20}
 
@@ -164,7 +164,20 @@ RESOURCES = {"rayjob.yaml": "RayJob", "rayservice.yaml": "RayService", "rayclust
 
 
 def test_each_resource_is_known() -> None:
-    assert {path.name for path in K8S.glob("*.yaml")} == RESOURCES.keys()
+    assert {path.name for path in K8S.glob("*.yaml")} == {*RESOURCES, "service.yaml"}
+
+
+def test_the_http_service_finds_the_server() -> None:
+    """On the head pod of the cluster that KubeRay makes of the RayService (its labels), at the port that it has."""
+    (found,) = documents("service.yaml")
+    service = documents("rayservice.yaml")[-1]
+    args = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"][0]["args"]
+    assert found["spec"]["ports"][0]["targetPort"] == args["port"]
+    assert found["spec"]["selector"]["ray.io/originated-from-cr-name"] == service["metadata"]["name"]
+    assert args["front_resources"] == {"node:__internal_head__": 0.001}
+    head = service["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]
+    mounts = {mount["mountPath"]: mount["name"] for mount in head["containers"][0]["volumeMounts"]}
+    assert mounts[str(Path(args["tokens_file"]).parent)] == "tokens"
 
 
 @pytest.mark.parametrize(("name", "kind"), RESOURCES.items())

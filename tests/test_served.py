@@ -35,7 +35,7 @@ def deploy(ray_cluster: None) -> Iterator[Callable[..., str]]:
     from ray import serve
 
     def run(name: str, **model: Any) -> str:
-        app = build_app(AppArgs.model_validate({"models": [{"num_cpus": 0.5, **model}]}))
+        app = build_app(AppArgs.model_validate({"models": [{"num_cpus": 0.5, **model}], "http": False}))
         serve.run(app, name=name, route_prefix=None)
         return name
 
