@@ -160,7 +160,18 @@ def read(url: str) -> Target:
         raise WebhookRefusedError("has no such port")
     address = _v6(v6) if v6 else _v4(name)
     host = str(address) if address is not None else _name(name)
-    return Target(scheme, host, port_number, (path or "/") + query, address)
+    target = Target(scheme, host, port_number, (path or "/") + query, address)
+    if not _reads_alike(target):
+        raise WebhookRefusedError("its host is not a plain name")
+    return target
+
+
+def _reads_alike(target: Target) -> bool:
+    """Whether aiohttp's own reader finds the same; it also decodes xn-- names, and fails at some."""
+    try:
+        return bool(target.url.host) and (target.url.raw_host, target.url.port) == (target.host, target.port)
+    except ValueError:
+        return False
 
 
 def _v6(text: str) -> IPv6Address:

@@ -16,7 +16,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Self
@@ -43,7 +43,7 @@ from serve_app.auth import Tokens, refuse_open
 from serve_app.errors import NotReadyError
 from serve_app.server import HttpServer
 from serve_app.serving import Standing, prove
-from serve_app.webhook import WebhookSettings
+from serve_app.webhook import WebhookSettings, default_spool
 
 _MOST_LANES = 256  # of an engine that chooses by its memory
 _DRAIN_S = 600.0  # a replica that is to go finishes what it has; a Unit on a slow CPU takes minutes
@@ -300,7 +300,7 @@ class Front:
             models,
             args.limits,
             tokens=tokens,
-            webhooks=webhook_settings(args.webhook, os.environ),
+            webhooks=webhook_settings(args.webhook),
             price_per_minute=args.price_per_minute,
             canary_s=args.canary_s,
             engine_timeout_s=args.engine_timeout_s,
@@ -351,11 +351,10 @@ class Idle:
         """Its arguments are what makes Serve deploy the engines."""
 
 
-def webhook_settings(config: WebhookConfig, env: Mapping[str, str]) -> WebhookSettings:
-    """Where they lie by default: `XDG_STATE_HOME`, else the home folder."""
-    state = Path(env.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    spool = Path(config.spool).expanduser() if config.spool else state / "murmuration" / "webhooks"
-    return WebhookSettings(config.allow, spool, config.spool_mb, env.get("MURMUR_WEBHOOK_SECRET"))
+def webhook_settings(config: WebhookConfig) -> WebhookSettings:
+    """With the secret of this process's environment."""
+    spool = Path(config.spool).expanduser() if config.spool else default_spool()
+    return WebhookSettings(config.allow, spool, config.spool_mb, os.environ.get("MURMUR_WEBHOOK_SECRET"))
 
 
 def build_app(args: AppArgs) -> Application:

@@ -61,7 +61,7 @@ def _language(value: Any) -> Any:
 _Choice = BeforeValidator(_unquoted)
 Text = Annotated[Annotated[str, Field(max_length=20_000)] | None, BeforeValidator(_text)]
 Language = Annotated[str | None, BeforeValidator(_language)]
-Temperature = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1, allow_inf_nan=False)]
+Temperature = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), BeforeValidator(_number)]
 
 
 class _Form(BaseModel):
@@ -78,7 +78,7 @@ class NativeForm(_Form):
     temperature: Temperature = Field(0.0, description="0: with fallback to higher ones where a decode looks wrong")
     language: Language = Field(None, description="code of what is spoken; detected where absent")
     chunk_level: Annotated[Literal["segment", "word"], _Choice] = Field("segment", description="word: with word times")
-    chunk_length_s: Annotated[int, BeforeValidator(_whole), Field(ge=1, le=30)] | None = Field(
+    chunk_length_s: Annotated[int, Field(ge=1, le=30), BeforeValidator(_whole)] | None = Field(
         None, description="length of the windows, seconds; where absent the model's own, 30 for most"
     )
     webhook: Text = Field(None, description="address to call when it is done; the answer then only says `queued`")

@@ -120,7 +120,7 @@ class Webhooks:
     async def start(self) -> None:
         """Go on with what an earlier process left. Raises `SpoolHeldError` where a live one has the spool."""
         jobs, letters = await self._disk(self._spool.open)
-        self._letters.extend(letters)
+        await self._keep(letters)
         self._open = True
         self._seq = max((job.seq for job in jobs), default=0)
         for job in jobs:
@@ -206,7 +206,9 @@ class Webhooks:
                 await self._until(job.due)
                 await (self._deliver(job) if job.answered else self._answer(job))
             except FileNotFoundError:
-                log.error("webhook %s: its files are gone from the spool", job.id)
+                log.error("webhook %s: given up: its files are gone from the spool", job.id)
+                await self._disk(self._spool.remove, job.id)
+                self._seen["dead"] += 1
                 del self._jobs[job.id]
             except Exception as error:  # of the disk, most likely: nothing is given up for that
                 log.error("webhook %s: goes on in a minute", job.id, exc_info=error)
@@ -251,7 +253,7 @@ class Webhooks:
         finally:
             if not asked.done():
                 asked.cancel()
-                await asyncio.wait({asked})
+                await asyncio.gather(asked, return_exceptions=True)
         if asked.cancelled():
             raise RuntimeError("the call was cancelled")
         return asked.result()
@@ -303,7 +305,7 @@ class Webhooks:
                 ) as response,
             ):
                 return outcome_of(response.status, response.headers.get("Retry-After"), self._clock())  # body unread
-        except (aiohttp.ClientError, WebhookRefusedError, OSError, TimeoutError) as error:
+        except (aiohttp.ClientError, WebhookRefusedError, OSError) as error:
             return Outcome(reason=reason_of(error))
 
     def _headers(self, request_id: str, body: bytes) -> dict[str, str]:
@@ -322,9 +324,12 @@ class Webhooks:
         letter["when"] = self._clock()
         await self._disk(self._spool.bury, letter)
         log.warning("webhook %s to %s given up after %d attempts: %s", job.id, job.host, job.attempts, reason)
+        await self._keep([letter])
         self._seen["dead"] += 1
         del self._jobs[job.id]
-        self._letters.append(letter)
+
+    async def _keep(self, letters: list[dict[str, Any]]) -> None:
+        self._letters.extend(letters)
         while len(self._letters) > MOST_DEAD:
             await self._disk(self._spool.forget, self._letters.popleft()["request_id"])
 

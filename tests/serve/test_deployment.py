@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
-import psutil
 import pytest
 import requests
 from application import clip
-from commands import command
+from serving import Served, serving
 
 from pipeline import cli
 
@@ -25,68 +19,8 @@ EN_FIVE = clip("en-five.mp3").read_bytes()
 FAKE = ("--set", "engine=fake", "--set", "log_format=json", "--set", "ray.object_store_mb=200")
 
 
-class Served:
-    """A running `murmur serve`, and what it has said so far."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
-        self.lines: list[str] = []
-        self._reading = threading.Thread(target=self._read, daemon=True)
-        self._reading.start()
-        self.url = self.wait_for(lambda line: line.startswith("listening on ")).removeprefix("listening on ").strip()
-        self.wait_for(lambda line: line.strip() == "ready")
-
-    def wait_for(self, wanted: Callable[[str], bool], within_s: float = 120.0) -> str:
-        deadline = time.monotonic() + within_s
-        while True:
-            found = next((line for line in list(self.lines) if wanted(line)), None)
-            if found is not None:
-                return found
-            assert self.process.poll() is None, "".join(self.lines)
-            assert time.monotonic() < deadline, "".join(self.lines)
-            time.sleep(0.05)
-
-    def post(self, **data: str) -> requests.Response:
-        url = f"{self.url}/v1/inference/demo"
-        return requests.post(url, files={"audio": EN_FIVE}, data=data, timeout=120)
-
-    def replicas(self) -> list[psutil.Process]:
-        """Of the engines, by what Serve calls them."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return [one for one in children if "ServeReplica" in _name(one) and "engine-demo" in _name(one)]
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.lines.append(line)
-
-
-def _name(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
-
-
-@contextmanager
-def serving(*arguments: str) -> Iterator[Served]:
-    line = command("serve", "--model", "demo", "--port", "0", *arguments)
-    process = subprocess.Popen(
-        line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        yield Served(process)
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-        finally:
-            if process.stderr is not None:
-                process.stderr.close()
+def post(served: Served, **data: str) -> requests.Response:
+    return requests.post(f"{served.url}/v1/inference/demo", files={"audio": EN_FIVE}, data=data, timeout=120)
 
 
 @pytest.mark.ray
@@ -94,17 +28,17 @@ def test_killed_replica_and_drained_server() -> None:
     """F56: the request goes to the next replica within its deadline. SIGTERM: what runs is finished, then 143."""
     hang = "fake.faults=[{kind: hang, text: '3'}]"
     with serving(*FAKE, "--set", hang) as served, ThreadPoolExecutor(2) as pool:
-        before = served.post().json()
-        running = pool.submit(served.post)
+        before = post(served).json()
+        running = pool.submit(post, served)
         time.sleep(1.0)
-        (replica,) = served.replicas()
+        (replica,) = served.processes()["engine"]
         replica.kill()
         answer = running.result()
         assert answer.status_code == 200, answer.text
         assert answer.json()["text"] == before["text"]
 
         streaming = pool.submit(_streamed, served.url)
-        last = pool.submit(served.post)
+        last = pool.submit(post, served)
         time.sleep(1.0)
         served.process.send_signal(signal.SIGTERM)
         assert last.result().status_code == 200
