@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.types import Segment, Transcript, seconds
 
+_ARROW = re.compile(r"-{2,}>")  # also a longer one, whose rest would be one again
 _BREAKS = re.compile(r"[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]+")
 
 MEDIA_TYPES = {
@@ -29,7 +30,7 @@ def to_txt(transcript: Transcript) -> str:
 def to_srt(transcript: Transcript) -> str:
     """SubRip: one cue per segment, counted from 1. Its text has no escapes; only an arrow could be taken for times."""
     cues = [
-        f"{number}\n{_times(segment, ',')}\n{_line(segment).replace('-->', '->')}\n"
+        f"{number}\n{_times(segment, ',')}\n{_ARROW.sub('->', _line(segment))}\n"
         for number, segment in enumerate(transcript.segments, start=1)
     ]
     return "\n".join(cues)

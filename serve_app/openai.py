@@ -36,7 +36,6 @@ from serve_app.schemas import (
     OpenAIForm,
     OpenAIRefusal,
     Transcription,
-    TranscriptionForm,
     VerboseTranscription,
     checked,
 )
@@ -57,8 +56,8 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def _body(form: type[OpenAIForm]) -> dict[str, Any]:
-    schema = form.model_json_schema()
+def _body() -> dict[str, Any]:
+    schema = OpenAIForm.model_json_schema()
     levels = {"type": "array", "items": {"type": "string", "enum": ["segment", "word"]}}
     more = {"file": {"type": "string", "format": "binary"}, **schema["properties"], GRANULARITIES[0]: levels}
     schema |= {"properties": more, "required": ["file"]}
@@ -76,7 +75,7 @@ for _prefix in PREFIXES:
 
     @router.post(
         f"{_prefix}/audio/transcriptions",
-        openapi_extra=_body(TranscriptionForm),
+        openapi_extra=_body(),
         responses=_answers(),
         response_model=None,
         operation_id=f"{_name}_transcriptions",
@@ -84,11 +83,11 @@ for _prefix in PREFIXES:
     )
     async def transcriptions(request: Request) -> Response:
         """The audio's text, in the language that is spoken."""
-        return await _respond(request, TranscriptionForm, "transcribe")
+        return await _respond(request, "transcribe")
 
     @router.post(
         f"{_prefix}/audio/translations",
-        openapi_extra=_body(OpenAIForm),
+        openapi_extra=_body(),
         responses=_answers(),
         response_model=None,
         operation_id=f"{_name}_translations",
@@ -96,7 +95,7 @@ for _prefix in PREFIXES:
     )
     async def translations(request: Request) -> Response:
         """The audio's text in English."""
-        return await _respond(request, OpenAIForm, "translate")
+        return await _respond(request, "translate")
 
     @router.get(
         f"{_prefix}/models", responses={401: {"model": OpenAIRefusal}}, operation_id=f"{_name}_models", tags=["openai"]
@@ -137,19 +136,15 @@ class Ask:
     levels: tuple[Level, ...]
     options: DecodeOptions
 
-    @property
-    def language(self) -> str | None:
-        return self.form.language if isinstance(self.form, TranscriptionForm) else None
 
-
-async def _respond(request: Request, form_type: type[OpenAIForm], task: Literal["transcribe", "translate"]) -> Response:
+async def _respond(request: Request, task: Literal["transcribe", "translate"]) -> Response:
     context = request_context(request)
     context.gate.refuse_if_full()
     async with AsyncExitStack() as stack:
         body = await stack.enter_async_context(context.app.bodies.read(request))
         audio = body.one_audio("file")
-        ask = _ask(context, body, form_type, task)
-        known = ("file", *form_type.model_fields, *GRANULARITIES)
+        ask = _ask(context, body, task)
+        known = ("file", *OpenAIForm.model_fields, *GRANULARITIES)
         headers = context.ignored([*body.others(*known), *request.query_params.keys()])
         if ask.form.stream:
             ask.model.info  # noqa: B018
@@ -168,24 +163,23 @@ async def _respond(request: Request, form_type: type[OpenAIForm], task: Literal[
     return Response(text, media_type=MEDIA_TYPES[format], headers=headers)
 
 
-def _ask(context: Context, body: Body, form_type: type[OpenAIForm], task: Literal["transcribe", "translate"]) -> Ask:
+def _ask(context: Context, body: Body, task: Literal["transcribe", "translate"]) -> Ask:
     """Raises `FieldError`, `ModelNotFoundError`."""
     for name in body.fields:
         base = name.partition("[")[0]
-        if base in UNSUPPORTED and name not in form_type.model_fields:
+        if base in UNSUPPORTED and name not in OpenAIForm.model_fields:
             raise FieldError(base, UNSUPPORTED[base], "unsupported")
-    form = checked(form_type, body.single(tuple(form_type.model_fields)))
+    form = checked(OpenAIForm, body.single(tuple(OpenAIForm.model_fields)))
     model = context.app.find_openai(form.model)
     levels = _levels(body, form)
-    language = form.language if isinstance(form, TranscriptionForm) else None
-    check_language(language, model)
+    check_language(form.language, model)
     options = model.config.decode_options()
     options = dataclasses.replace(
         options,
         task=task,
         initial_prompt=form.prompt or options.initial_prompt,
         temperature=form.temperature if "temperature" in form.model_fields_set else options.temperature,
-        language=language or options.language,
+        language=form.language or options.language,
         word_timestamps="word" in levels,
     )
     return Ask(task, model, form, levels, options)
@@ -212,7 +206,7 @@ def _object(transcript: Transcript, ask: Ask) -> dict[str, Any]:
     if ask.form.response_format != "verbose_json":
         return {"text": transcript.text, "usage": usage}
     said = verbose(transcript, ask.task)
-    code = transcript.language or ask.language
+    code = transcript.language or ask.form.language
     said |= {"language": LANGUAGES[code] if code else "", "usage": usage}
     said["words"] = [{name: word[name] for name in ("word", "start", "end")} for word in said["words"]]
     for level in ("segment", "word"):

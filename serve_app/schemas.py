@@ -88,6 +88,7 @@ class OpenAIForm(_Form):
     """The fields of the compatible routes, but for the file."""
 
     model: Text = Field(None, description="id of a served model, or `whisper-1` for the first of them")
+    language: Language = Field(None, description="code of what is spoken; detected where absent")
     prompt: Text = Field(None, description="prompt for the first window only")
     temperature: Temperature = 0.0
     response_format: Annotated[Literal["json", "text", "srt", "verbose_json", "vtt"], _Choice] = "json"
@@ -95,10 +96,6 @@ class OpenAIForm(_Form):
     chunking_strategy: Annotated[Literal["auto"] | None, _Choice] = Field(
         None, description="the server cuts where nobody speaks, also without this"
     )
-
-
-class TranscriptionForm(OpenAIForm):
-    language: Language = Field(None, description="code of what is spoken; detected where absent")
 
 
 def checked(form: type[Form], fields: Mapping[str, Any]) -> Form:

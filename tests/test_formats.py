@@ -73,7 +73,15 @@ def test_vtt_is_escaped() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["<script>alert(1)</script>", " 00:01 --> 00:02 ", "a\n\nWEBVTT\n\nNOTE x", "a\r\n\r\nb", "\x85\x85"]
+    "text",
+    [
+        "<script>alert(1)</script>",
+        " 00:01 --> 00:02 ",
+        "a ---> b --->> c",
+        "a\n\nWEBVTT\n\nNOTE x",
+        "a\r\n\r\nb",
+        "\x85\x85",
+    ],
 )
 def test_no_text_can_leave_its_cue(text: str) -> None:
     transcript = said(segment(text), segment(" end", 5.0))

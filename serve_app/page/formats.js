@@ -46,7 +46,7 @@ export function megabytes(bytes) {
 }
 
 function srtCue(segment, index) {
-  return `${index + 1}\n${times(segment, ",")}\n${line(segment).replaceAll("-->", "->")}\n`;
+  return `${index + 1}\n${times(segment, ",")}\n${line(segment).replace(/-{2,}>/g, "->")}\n`;
 }
 
 function vttCue(segment) {

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 import uvicorn
+from application import MODEL, Serve, clip
 from audio_files import tone, write_wav
 from commits import segment
 from fastapi import FastAPI, Request
@@ -26,6 +28,7 @@ from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect, 
 
 from pipeline.formats import FORMATS, timestamp, verbose
 from pipeline.types import SAMPLE_RATE, Recording, Segment, Transcript
+from serve_app.auth import Tokens
 
 PAGE = Path(__file__).parents[2] / "serve_app" / "page"
 POLICY = (
@@ -162,6 +165,9 @@ def server() -> Iterator[Stub]:
     thread.join()
 
 
+expect.set_options(timeout=60_000)  # on a busy machine five seconds are nothing
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     chromium = shutil.which("chromium")
@@ -178,7 +184,7 @@ def opened(browser: Browser, server: Stub) -> Iterator[Page]:
     """The page as it was just opened; afterwards: it asked nobody else, broke no rule, and nothing in it failed."""
     context = browser.new_context(permissions=["clipboard-read", "clipboard-write"])
     page = context.new_page()
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(60_000)
     asked: list[str] = []
     wrong: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
@@ -436,7 +442,7 @@ def test_cancel_lets_go_of_the_server(opened: Page, server: Stub, talk: Path) ->
     opened.set_input_files("#file", talk)
     expect(rows(opened)).to_have_count(1)
     opened.get_by_role("button", name="Cancel").click()
-    assert server.hung_up.wait(10)
+    assert server.hung_up.wait(60)
     expect(opened.get_by_text("A talk.wav was cancelled.")).to_be_visible()
     expect(opened.get_by_text("Incomplete: the text ends at 0:02")).to_be_visible()
     with opened.expect_download() as download:
@@ -621,3 +627,36 @@ def test_the_files_hold_nothing_that_the_policy_refuses() -> None:
     sources = re.findall(r'\b(?:src|href)="([^"]+)"', html)
     assert sources
     assert [s for s in sources if s != "docs" and not (PAGE.parent / s).is_file()] == []
+
+
+def test_on_the_server_itself(browser: Browser, serve: Serve) -> None:
+    """The real application with its token: asked for, sent, and the text of a file that really was decoded."""
+    server = serve(tokens=Tokens(("geheim",)))
+    context = browser.new_context()
+    page = context.new_page()
+    wrong: list[str] = []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda message: wrong.extend(complaints(message)))
+    page.goto(server.url)
+    page.locator("#token-value").fill("geheim")
+    page.locator("#token-value").press("Enter")
+    drop(page, ("en-five.mp3", clip("en-five.mp3").read_bytes()))
+    said = requests.post(
+        f"{server.url}/v1/inference/{MODEL}", files={"audio": clip("en-five.mp3").read_bytes()},
+        headers={"Authorization": "Bearer geheim"}, timeout=60,
+    ).json()  # fmt: skip
+    expect(rows(page)).to_have_count(len(said["segments"]))
+    for row, one in zip(rows(page).all(), said["segments"], strict=True):
+        assert one["text"] in row.inner_text()
+    page.close()
+    context.close()
+    assert wrong == []
+
+
+def test_without_the_page(serve: Serve) -> None:
+    url = serve(ui=False).url
+    assert requests.get(url, timeout=30).status_code == 404
+    assert requests.get(f"{url}/page/app.js", timeout=30).status_code == 404
+    with_it = serve().url
+    assert requests.get(f"{with_it}/page/app.js", timeout=30).headers["content-type"].startswith("text/javascript")
+    assert requests.get(f"{with_it}/page/..%2Fapp.py", timeout=30).status_code == 404
