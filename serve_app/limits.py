@@ -20,6 +20,7 @@ from pipeline.types import SAMPLE_RATE, DecodeOptions, Unit
 READ_S = 30.0  # that any body may take to come, and
 READ_BYTES_PER_S = 16_384  # a second more for as many bytes: slower clients hold a connection for nothing
 IN_FLIGHT_PER_LANE, QUEUED_PER_LANE = 2, 8
+SHARE = 8  # a request takes so small a part of the room at most
 LONGEST_PAUSE_S = 60  # that anybody is told to stay away for
 
 
@@ -48,8 +49,12 @@ class DeadlineError(MurmurError):
 class Gate:
     """The windows of all requests: those in the engines, those decoded and waiting; and requests without any yet.
 
-    A request that was admitted is not refused later: it is one window until its audio is decoded, and then as many as
-    its Units have. Those that wait go on in the order in which they came.
+    A request that was admitted is not refused later. It counts as many windows as its Units have that were decoded and
+    are not done, one at least, and `1 / SHARE` of all there is room for at most: nobody shuts the others out, be it
+    with four hours of audio cut into seconds. Likewise in the engines: everybody's first Unit goes in while there is
+    room for `SHARE` such, in order of arrival, since the lanes are shared fairly over what is in them; a request's next
+    Unit, which only keeps the lanes filled, where the windows in the engines are few. A clip of ten seconds waited 18 s
+    for the two Units of a long one when windows alone were counted.
     """
 
     def __init__(self, limits: LimitsConfig, lanes: int) -> None:
@@ -58,9 +63,9 @@ class Gate:
         self.size(lanes)
         self.running = 0  # windows in the engines
         self.waiting = 0  # windows of Units that wait to go in
-        self.requests = 0  # admitted, not ended
-        self._unknown = 0  # of these, without a Unit at the moment: one window each
-        self._queue = asyncio.Lock()  # fair: who came first goes in first, also with much
+        self._tickets: set[Ticket] = set()  # of requests that were admitted and have not ended
+        self._firsts = 0  # of `running`, what requests' first Units count
+        self._lines = asyncio.Lock(), asyncio.Lock()  # for first Units, and for others; fair: who came first goes first
         self._changed = asyncio.Condition()
         self._done = Rate()
 
@@ -71,14 +76,21 @@ class Gate:
         self.queued = QUEUED_PER_LANE * lanes if queued is None else queued
 
     @property
+    def requests(self) -> int:
+        return len(self._tickets)
+
+    @property
     def outstanding(self) -> int:
-        return self.running + self.waiting + self._unknown
+        """Windows of all requests, as they count for admission."""
+        most = _part(self.in_flight + self.queued)
+        return sum(min(max(1, ticket.windows), most) for ticket in self._tickets)
 
     def refuse_if_full(self) -> None:
         """Raises `BusyError`. Asked before a body is read, too: who is refused anyway need not send it."""
-        if self.outstanding >= self.in_flight + self.queued:
+        outstanding = self.outstanding
+        if outstanding >= self.in_flight + self.queued:
             raise BusyError(
-                f"busy: {self.outstanding} windows are being transcribed or wait for it, and no more are taken",
+                f"busy: {outstanding} windows are being transcribed or wait for it, and no more are taken",
                 self.pause_s(),
             )
 
@@ -88,13 +100,11 @@ class Gate:
         if not waits:
             self.refuse_if_full()
         ticket = Ticket(self)
-        self.requests += 1
-        self._unknown += 1
+        self._tickets.add(ticket)
         try:
             yield ticket
         finally:
-            self.requests -= 1
-            self._unknown -= not ticket.windows
+            self._tickets.remove(ticket)
 
     def pause_s(self) -> int:
         """When there may be room: what is ahead, at the rate of the last minute."""
@@ -104,36 +114,41 @@ class Gate:
 
     @asynccontextmanager
     async def _inside(self, ticket: Ticket, windows: int) -> AsyncIterator[None]:
-        self._unknown -= not ticket.windows
+        counted = 0 if ticket.windows else min(windows, _part(self.in_flight))
         ticket.windows += windows
-        self.waiting += windows
         try:
-            async with self._queue, self._changed:
-                await self._changed.wait_for(lambda: self.running < self.in_flight)
-                self.waiting -= windows
-                self.running += windows
-        except BaseException:
-            self.waiting -= windows
-            self._left(ticket, windows)
-            raise
-        try:
-            yield
-            self._done.add(windows)
+            await self._enter(windows, counted)
+            try:
+                yield
+                self._done.add(windows)
+            finally:
+                self.running -= windows
+                self._firsts -= counted
         finally:
-            self.running -= windows
-            self._left(ticket, windows)
+            ticket.windows -= windows
             await asyncio.shield(self._tell())
 
-    def _left(self, ticket: Ticket, windows: int) -> None:
-        ticket.windows -= windows
-        self._unknown += not ticket.windows
+    async def _enter(self, windows: int, counted: int) -> None:
+        """Wait for room. `counted`: what a first Unit counts; 0: it is none."""
+        self.waiting += windows
+        try:
+            async with self._lines[not counted], self._changed:
+                await self._changed.wait_for(lambda: (self._firsts if counted else self.running) < self.in_flight)
+        finally:
+            self.waiting -= windows
+        self.running += windows
+        self._firsts += counted
 
     async def _tell(self) -> None:
         async with self._changed:
             self._changed.notify_all()
 
 
-@dataclass(slots=True)
+def _part(of: int) -> int:
+    return max(1, of // SHARE)
+
+
+@dataclass(slots=True, eq=False)
 class Ticket:
     """An admitted request."""
 

@@ -405,30 +405,62 @@ def test_logs_hold_neither_tokens_nor_texts(serve: Serve, caplog: pytest.LogCapt
 
 def test_the_gate_counts_windows() -> None:
     async def story() -> None:
-        gate = Gate(LimitsConfig(in_flight_windows=4, queued_windows=2), lanes=1)
-        with gate.admitted() as first, gate.admitted() as second:
+        gate = Gate(LimitsConfig(in_flight_windows=16, queued_windows=16), lanes=1)
+        with gate.admitted() as long, gate.admitted() as short:
             assert gate.outstanding == 2
-            async with first.inside(4):
-                assert (gate.outstanding, gate.running) == (5, 4)
-                waiting = asyncio.create_task(_hold(second))
-                await asyncio.sleep(0)
-                await asyncio.sleep(0)
-                assert (gate.outstanding, gate.waiting) == (6, 2)
-                with pytest.raises(BusyError), gate.admitted():
-                    pass
-                with gate.admitted(waits=True):  # nobody waits for its answer
-                    assert gate.outstanding == 7
+            async with long.inside(30):  # one request counts for an eighth of the room at most
+                assert (gate.outstanding, gate.running) == (4 + 1, 30)
+                async with short.inside(2):  # somebody's first Unit is not behind it
+                    assert (gate.outstanding, gate.running) == (4 + 2, 32)
+                waiting = asyncio.create_task(_hold(long, 30))  # its own next one waits until the windows are few
+                await turns()
+                assert (gate.waiting, gate.running, waiting.done()) == (30, 30, False)
             await waiting
-            assert gate.running == 0
-            given_up = asyncio.create_task(_hold(second))
-            await asyncio.sleep(0)
-            given_up.cancel()
-            await asyncio.gather(given_up, return_exceptions=True)
-        assert (gate.outstanding, gate.requests) == (0, 0)
+            assert (gate.running, gate.waiting) == (0, 0)
+            async with long.inside(30):
+                given_up = asyncio.create_task(_hold(long, 30))
+                await turns()
+                given_up.cancel()
+                await asyncio.gather(given_up, return_exceptions=True)
+                assert (gate.running, gate.waiting, long.windows) == (30, 0, 30)
+        assert (gate.outstanding, gate.requests, gate.running, gate._firsts) == (0, 0, 0, 0)
 
-    async def _hold(ticket: limits.Ticket) -> None:
-        async with ticket.inside(2):
+    async def _hold(ticket: limits.Ticket, windows: int) -> None:
+        async with ticket.inside(windows):
             await asyncio.sleep(0)
+
+    asyncio.run(story())
+
+
+async def turns() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+def test_a_full_gate_refuses_but_never_what_nobody_waits_for() -> None:
+    gate = Gate(LimitsConfig(in_flight_windows=1, queued_windows=1), lanes=1)
+    with gate.admitted(), gate.admitted():
+        with pytest.raises(BusyError) as full, gate.admitted():
+            pass
+        assert 1 <= full.value.retry_after_s <= limits.LONGEST_PAUSE_S
+        with gate.admitted(waits=True):
+            assert gate.outstanding == 3
+    assert gate.outstanding == 0
+
+
+def test_first_units_go_in_as_they_came() -> None:
+    async def story() -> None:
+        gate = Gate(LimitsConfig(in_flight_windows=8, queued_windows=1000), lanes=1)
+        order: list[int] = []
+
+        async def request(number: int) -> None:
+            with gate.admitted() as ticket:
+                async with ticket.inside(10):
+                    order.append(number)
+                    await turns()
+
+        await asyncio.gather(*(request(number) for number in range(30)))
+        assert order == list(range(30))
 
     asyncio.run(story())
 
