@@ -143,20 +143,22 @@ class EngineReplica:
         self._model = ServedModel(self._engine.info, weights, revision)
         self._prove()
 
-    async def submit(self, unit: Unit, options: DecodeOptions) -> UnitResult:
+    async def submit(self, unit: Unit, options: DecodeOptions, brief: bool = False) -> UnitResult:
         """One Unit, decoded beside those of all other callers. Raises `EngineError` or `ConfigError`, as an engine."""
-        result = await self._engine.submit(unit, options)
+        result = await self._engine.submit(unit, options, brief=brief)
         self._proven_at = time.monotonic()
         return result
 
-    async def stream(self, unit: Unit, options: DecodeOptions) -> AsyncIterator[Sequence[Segment] | UnitResult]:
+    async def stream(
+        self, unit: Unit, options: DecodeOptions, brief: bool = False
+    ) -> AsyncIterator[Sequence[Segment] | UnitResult]:
         """As `submit`: segments as they are decided, in the end the result."""
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Sequence[Segment]]()
 
         def heard(segments: Sequence[Segment]) -> None:
             loop.call_soon_threadsafe(queue.put_nowait, segments)
 
-        deciding = asyncio.ensure_future(self._engine.submit(unit, options, heard))
+        deciding = asyncio.ensure_future(self._engine.submit(unit, options, heard, brief))
         try:
             while not (deciding.done() and queue.empty()):
                 getting = asyncio.ensure_future(queue.get())
@@ -225,13 +227,15 @@ class ReplicaModel:
     def lanes(self) -> int:
         return self._replicas * (self._model.info.lanes if self._model else 1)
 
-    async def submit(self, unit: Unit, options: DecodeOptions, heard: Heard | None = None) -> UnitResult:
+    async def submit(
+        self, unit: Unit, options: DecodeOptions, heard: Heard | None = None, brief: bool = False
+    ) -> UnitResult:
         """A replica that dies has its Units sent to another; one that kills `_DEATHS` of them is given up."""
         tell, deaths = _Once(heard), 0
         while True:
             try:
                 with plain_serve_errors():
-                    return await self._asked(unit, options, tell)
+                    return await self._asked(unit, options, tell, brief)
             except ActorUnavailableError:
                 await asyncio.sleep(0.5)
             except ActorDiedError:
@@ -240,16 +244,16 @@ class ReplicaModel:
                     raise EngineError(f"the engine died {deaths} times with a part of this audio in it") from None
                 await asyncio.sleep(0.5)
 
-    async def _asked(self, unit: Unit, options: DecodeOptions, tell: "_Once") -> UnitResult:
+    async def _asked(self, unit: Unit, options: DecodeOptions, tell: "_Once", brief: bool) -> UnitResult:
         if tell.heard is None:
-            response = self._handle.submit.remote(unit, options)
+            response = self._handle.submit.remote(unit, options, brief)
             try:
                 result: UnitResult = await response
                 return result
             except asyncio.CancelledError:
                 response.cancel()
                 raise
-        stream = self._handle.options(stream=True).stream.remote(unit, options)
+        stream = self._handle.options(stream=True).stream.remote(unit, options, brief)
         tell.again()
         try:
             async for item in stream:

@@ -31,6 +31,7 @@ from serve_app.errors import RefusedError
 from serve_app.limits import Deadline, Ticket, n_windows
 
 CANARY_S = 30.0  # an idle engine decodes a window this often
+BRIEF_S = 30.0  # a request of no more audio has the engine's courtesy
 HELD_UNITS = 2  # of one request, with their PCM, in this process or in the engine
 OPEN_DECODERS = 32  # files being read at once; each has a decoder's process
 
@@ -67,9 +68,12 @@ class Model(Protocol):
         """Of all its engines; 1 until that is known."""
         ...
 
-    async def submit(self, unit: Unit, options: DecodeOptions, heard: Heard | None = None) -> UnitResult:
+    async def submit(
+        self, unit: Unit, options: DecodeOptions, heard: Heard | None = None, brief: bool = False
+    ) -> UnitResult:
         """One Unit, beside all others; giving up the await frees its lanes. `heard` is called in this loop.
 
+        `brief` ones are given way to (`Engine.submit`).
         Raises `EngineError`, `ConfigError`, or `NotReadyError` where the engines are gone.
         """
         ...
@@ -94,14 +98,16 @@ class LocalModel:
     def lanes(self) -> int:
         return self._engine.info.lanes
 
-    async def submit(self, unit: Unit, options: DecodeOptions, heard: Heard | None = None) -> UnitResult:
+    async def submit(
+        self, unit: Unit, options: DecodeOptions, heard: Heard | None = None, brief: bool = False
+    ) -> UnitResult:
         loop = asyncio.get_running_loop()
 
         def tell(segments: Sequence[Segment]) -> None:
             if heard is not None:
                 loop.call_soon_threadsafe(heard, segments)
 
-        result = await self._engine.submit(unit, options, tell if heard is not None else None)
+        result = await self._engine.submit(unit, options, tell if heard is not None else None, brief)
         self._proven_at = time.monotonic()
         return result
 
@@ -210,7 +216,9 @@ async def _submitted(unit: Unit, job: Job, ticket: Ticket, in_order: InOrder) ->
     with logs.about(job.id):
         async with ticket.inside(n_windows(unit, job.options)):
             heard = in_order.of(unit.index) if job.heard is not None else None
-            result = await job.model.submit(unit, job.options, heard)
+            is_all = unit.is_last and unit.index == 0
+            brief = is_all and seconds(unit.n_samples) <= BRIEF_S
+            result = await job.model.submit(unit, job.options, heard, brief)
         if result.failure is not None:
             raise EngineError(f"{result.failure.kind}: {result.failure.message}")
     in_order.ended(result)

@@ -78,10 +78,13 @@ class Engine(Protocol):
         """
         ...
 
-    async def submit(self, unit: Unit, options: DecodeOptions, heard: Heard | None = None) -> UnitResult:
+    async def submit(
+        self, unit: Unit, options: DecodeOptions, heard: Heard | None = None, brief: bool = False
+    ) -> UnitResult:
         """One Unit, decoded beside all others submitted; cancelling the await frees its lanes.
 
         `heard` is told the result's segments as they are decided, in their order, each once; from another thread.
+        `brief`: somebody waits for a few seconds of audio, and longer work gives way to it for a moment.
         Raises `EngineError`, or `ConfigError` for options it cannot honour.
         """
         ...

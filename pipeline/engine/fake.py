@@ -133,7 +133,9 @@ class FakeEngine:
                 result = failed_unit(unit, failure_of(error, "engine"))
             yield result
 
-    async def submit(self, unit: Unit, options: DecodeOptions, heard: Heard | None = None) -> UnitResult:
+    async def submit(
+        self, unit: Unit, options: DecodeOptions, heard: Heard | None = None, brief: bool = False
+    ) -> UnitResult:
         fault = self._faults.strike(unit.recording.id, "engine")
         with self._in_flight(unit, options):
             if fault is not None and fault.kind == "hang":  # the event loop must go on serving the others

@@ -120,8 +120,10 @@ class LocalEngine:
             for job in jobs:
                 job.future.cancel()
 
-    async def submit(self, unit: Unit, options: DecodeOptions, heard: Heard | None = None) -> UnitResult:
-        return await asyncio.wrap_future(self._submit(unit, options, heard).future)
+    async def submit(
+        self, unit: Unit, options: DecodeOptions, heard: Heard | None = None, brief: bool = False
+    ) -> UnitResult:
+        return await asyncio.wrap_future(self._submit(unit, options, heard, brief).future)
 
     @property
     def n_windows(self) -> int:
@@ -146,10 +148,10 @@ class LocalEngine:
 
     # -- from a Unit to walks --------------------------------------------------------------------------------
 
-    def _submit(self, unit: Unit, options: DecodeOptions, heard: Heard | None = None) -> _UnitJob:
+    def _submit(self, unit: Unit, options: DecodeOptions, heard: Heard | None = None, brief: bool = False) -> _UnitJob:
         options = options_for(unit.recording, options)
         check_options(options, self._tokenizer)
-        job = _UnitJob(self, unit, options, heard)
+        job = _UnitJob(self, unit, options, heard, brief)
         self._post(job.start)
         return job
 
@@ -190,8 +192,11 @@ class LocalEngine:
 class _UnitJob:
     """One Unit in flight: all its spans are walked at once, the last one's end makes the result."""
 
-    def __init__(self, engine: LocalEngine, unit: Unit, options: DecodeOptions, heard: Heard | None) -> None:
+    def __init__(
+        self, engine: LocalEngine, unit: Unit, options: DecodeOptions, heard: Heard | None, brief: bool
+    ) -> None:
         self._heard, self._n_told = heard, 0  # spans whose segments it was told
+        self._is_brief = brief
         self.future: Future[UnitResult] = Future()
         self._engine, self._unit, self._options = engine, unit, options
         self._plan = plan(unit, options)
@@ -226,7 +231,7 @@ class _UnitJob:
             pcm = unit.pcm[range_.start : range_.stop]
             span = Span(pcm, unit.start + range_.start, global_maximum=self._options.algorithm == "sequential")
             steps = walk(span, self._options, self._engine._tokenizer, voice, first=unit.index == 0 and i == 0)
-            task = Task(steps, partial(self._take, i), owner=self)
+            task = Task(steps, partial(self._take, i), owner=self, brief=self._is_brief)
             self._tasks.append(task)
             self._engine._scheduler.start(task)
 

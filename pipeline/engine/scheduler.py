@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 WINDOW_BATCH = 4  # windows encoded together, a little ahead of the lanes; or aligned, or asked for their language
 LANGUAGES_REMEMBERED = 4096  # detections, by name of their audio: all Units of a recording ask the same
+GIVES_WAY_S = 1.0  # that encoding waits for clips of a few seconds, before it has half of that to go on
 LENGTH_STEP = 64  # self-attention is bounded by a multiple of this, so that shapes repeat
 
 
@@ -42,12 +43,14 @@ LENGTH_STEP = 64  # self-attention is bounded by a multiple of this, so that sha
 class Task:
     """A walk on its way. `done` is called once, with its result or with the error that ended it.
 
-    Walks of one `owner` (a request, a Unit) share what lanes are due to it; None: the walk is its own.
+    Walks of one `owner` (a request, a Unit) share what lanes are due to it; None: the walk is its own. Somebody waits
+    for a `brief` one, and it is over soon: others' encoding waits for it, see `_gives_way`.
     """
 
     walk: Walk
     done: Callable[[Any], None]
     owner: Hashable = None
+    brief: bool = False
     cancelled: bool = False
 
     @property
@@ -93,6 +96,9 @@ class Scheduler:
         self._tasks: set[Task] = set()
         self._languages: OrderedDict[bytes, tuple[str, float]] = OrderedDict()
         self._window_batch = WINDOW_BATCH
+        self._n_brief = 0  # of the tasks
+        self._gave_way, self._gave_way_s = False, 0.0  # in the last turn; how long, less what it was let off
+        self._turn_s, self._began = 0.0, time.monotonic()  # how long the last turn took, when this one began
         self._progress = time.monotonic()  # when a walk was last answered, a window encoded or a token sampled
         self._allocate(lanes)
 
@@ -124,13 +130,14 @@ class Scheduler:
 
     def start(self, task: Task) -> None:
         self._tasks.add(task)
+        self._n_brief += task.brief
         self._advance(task, None)
 
     def cancel(self, task: Task) -> None:
         """The task's lanes are free at once; `done` is not called."""
         task.cancelled = True
         task.walk.close()
-        self._tasks.discard(task)
+        self._leave(task)
         self._decodes.remove(task.whose, lambda candidate: candidate.ask.task is task)
         for queue in (self._detects, self._aligns):
             for ask in [ask for ask in queue if ask.task is task]:
@@ -141,7 +148,7 @@ class Scheduler:
 
     def fail_all(self, error: Exception) -> None:
         """After the device failed: every task ends with `error`, every lane is free."""
-        tasks, self._tasks = self._tasks, set()
+        tasks, self._tasks, self._n_brief = self._tasks, set(), 0
         for queue in (self._decodes, self._detects, self._aligns):
             queue.clear()
         self._lanes = [None] * len(self._lanes)
@@ -152,6 +159,8 @@ class Scheduler:
     @torch.inference_mode()
     def step(self) -> None:
         """One turn: fill the free lanes, take every live lane one token further, answer what has ended."""
+        began = time.monotonic()
+        self._turn_s, self._began = began - self._began, began
         try:
             self._encode_ahead()
             self._answer_detects()
@@ -180,8 +189,13 @@ class Scheduler:
             self._queue(_Ask(task, request))
 
     def _finish(self, task: Task, result: Any) -> None:
-        self._tasks.discard(task)
+        self._leave(task)
         task.done(result)
+
+    def _leave(self, task: Task) -> None:
+        if task in self._tasks:
+            self._tasks.remove(task)
+            self._n_brief -= task.brief
 
     def _queue(self, ask: _Ask) -> None:
         match ask.request:
@@ -242,17 +256,35 @@ class Scheduler:
     def _encode_ahead(self) -> None:
         """Encodes the windows next in line, if one of them holds up a free lane or a language."""
         free = self._lanes.count(None)
-        line: list[Window] = [ask.request.window for ask in self._detects]
+        asks = list(self._detects)
         candidates = self._decodes.upcoming(lambda candidate: candidate.n_lanes)
-        line += [candidate.decode.window for candidate in islice(candidates, free + self._window_batch)]
-        urgent = line[: len(self._detects) + free]
-        if all(window.hidden is not None for window in urgent):
+        asks += [candidate.ask for candidate in islice(candidates, free + self._window_batch)]
+        line = {ask.request.window: ask for ask in asks if ask.request.window.hidden is None}
+        if not any(ask.request.window in line for ask in asks[: len(self._detects) + free]):
             return
-        batch = list(dict.fromkeys(window for window in line if window.hidden is None))[: self._window_batch]
+        batch = list(line)
+        if not self._n_brief:
+            self._gave_way, self._gave_way_s = False, 0.0
+        elif not all(ask.task.brief for ask in line.values()) and self._gives_way():
+            batch = [window for window, ask in line.items() if ask.task.brief]
+        if not batch:
+            return
+        batch = batch[: self._window_batch]
         mel = torch.stack([window.mel(self._features) for window in batch])
         for window, hidden in zip(batch, self._model.encode(mel), strict=True):
             window.hidden = hidden
         self._progress = time.monotonic()
+
+    def _gives_way(self) -> bool:
+        """Whether the encoder does nothing this turn for others than brief tasks: on a CPU four windows take as long as
+        fifteen tokens of all lanes, so a clip beside hours of audio took ten times as long as alone. It gives way for
+        `GIVES_WAY_S`, and then for half of it between one batch and the next, however many clips there are.
+        """
+        self._gave_way_s += self._turn_s if self._gave_way else 0.0
+        self._gave_way = self._gave_way_s <= GIVES_WAY_S
+        if not self._gave_way:
+            self._gave_way_s -= GIVES_WAY_S / 2
+        return self._gave_way
 
     def _answer_detects(self) -> None:
         encoded = (ask.request.window for ask in self._detects if ask.request.window.hidden is not None)

@@ -109,6 +109,39 @@ def test_submit_and_cancel(engine: LocalEngine, clips: list[Clip]) -> None:
     assert engine._scheduler._lanes.count(None) == engine.info.lanes
 
 
+@pytest.mark.parametrize("gives_way", [True, False])
+def test_long_work_gives_way_to_a_clip(
+    engine: LocalEngine, clips: list[Clip], monkeypatch: pytest.MonkeyPatch, gives_way: bool
+) -> None:
+    """While a brief Unit is in the lanes no others' windows are encoded, unless that has lasted; the text is the same."""
+    monkeypatch.setattr("pipeline.engine.scheduler.GIVES_WAY_S", 1e9 if gives_way else 0.0)
+    scheduler = engine._scheduler
+    alone = key(asyncio.run(engine.submit(unit(clips[0]), PLAIN)))
+    encoded_beside: list[bool] = []
+    encode = scheduler._model.encode
+
+    def spied(mel: torch.Tensor) -> torch.Tensor:
+        encoded_beside.append(scheduler._n_brief > 0 and len(mel) > 1)  # the clip's windows come one by one
+        return encode(mel)
+
+    monkeypatch.setattr(scheduler._model, "encode", spied)
+    pcm = np.concatenate([clip.pcm for clip in clips] * 4)
+    long = Unit(Recording("long", "long"), 0, 0, pcm, is_last=True, speech=detect(pcm))
+
+    async def story() -> tuple[object, ...]:
+        background = asyncio.create_task(engine.submit(long, PLAIN))
+        while scheduler.load().busy < scheduler.n_lanes:
+            await asyncio.sleep(0.01)
+        encoded_beside.clear()
+        result = key(await engine.submit(unit(clips[0]), PLAIN, None, True))
+        background.cancel()
+        return result
+
+    assert asyncio.run(story()) == alone
+    assert any(encoded_beside) != gives_way
+    assert scheduler._n_brief == 0
+
+
 def test_silence_and_nothing(engine: LocalEngine) -> None:
     for n in (0, 1, 100, 16_000, 480_000):
         (result,) = engine.run([unit(Clip("en", np.zeros(n, np.int16), ()))], PLAIN)

@@ -223,10 +223,10 @@ def test_first_text_long_before_the_end(serve: Serve, tmp_path: Path) -> None:
     engine = fake_engine()
     submit = engine.submit
 
-    async def held(unit: Any, options: Any, heard: Any = None) -> Any:
+    async def held(unit: Any, options: Any, heard: Any = None, brief: bool = False) -> Any:
         if unit.index > 0:
             await asyncio.to_thread(released.wait, 60)
-        return await submit(unit, options, heard)
+        return await submit(unit, options, heard, brief)
 
     engine.submit = held  # type: ignore[method-assign]
     server = serve(LocalModel(MODEL, config, engine))
