@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import islice
 
 from pipeline.errors import ForbiddenError, SourceError, SourceTimeoutError
 
@@ -39,17 +40,6 @@ class Verdict(StrEnum):
     RUN = "run"
     DEFER = "defer"  # suspect: when the rest is done
     FAIL = "fail"  # it has killed alone, twice
-
-
-@dataclass(frozen=True, slots=True)
-class Deferred:
-    """Recordings, as JSON, that a pass has put off."""
-
-    sources: tuple[str, ...] = ()  # that could not be read
-    suspects: tuple[str, ...] = ()  # with Units that were in an engine when it died
-
-    def __bool__(self) -> bool:
-        return bool(self.sources or self.suspects)
 
 
 @dataclass(slots=True)
@@ -180,9 +170,13 @@ class Census:
 
     # ---- the driver
 
-    def deferred(self) -> Deferred:
-        """What is put off now."""
-        return Deferred(tuple(self._refused), tuple(dict.fromkeys(self._suspects.values())))
+    def put_off(self, start: int, stop: int) -> list[str]:
+        """Recordings, as JSON, whose source failed: a part of them, for they may be all of a large manifest."""
+        return list(islice(self._refused, start, stop))
+
+    def suspects(self) -> list[str]:
+        """Recordings, as JSON, with Units that were in an engine when it died."""
+        return list(dict.fromkeys(self._suspects.values()))
 
     def known_good(self) -> dict[str, str]:
         """By store that has refused some in this pass, a recording (as JSON) that it gave, if it gave any."""

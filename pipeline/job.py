@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -46,6 +46,7 @@ TRIES = 3  # of Ray, at what it has lost
 MAX_CALLS = 200  # blocks after which a decode worker is replaced, whatever a codec has leaked by then
 RECORDINGS_PER_SHARD = 5_000  # of an hour each: files of some 250 MB, built in one process's memory
 MAX_SHARDS = 1_000
+PAGE = 4_096  # recordings put off that the driver holds at once
 
 
 def run(
@@ -126,13 +127,13 @@ def passes(left: todo.Todo, round: int, output: Output, pools: Pools, census: An
     import ray
 
     yield Pass(left, round, pools)
-    if (deferred := ray.get(census.deferred.remote())).sources:
+    if len(listed := _listing(_put_off(census))):
         refuse_if_down(ray.get(census.known_good.remote()))
         ray.get(census.next_pass.remote())
-        left = todo.again(_listing(deferred.sources), _ledger(output), round)
+        left = todo.again(listed, _ledger(output), round)
         yield Pass(left, round, pools, is_final=True, why="could not be read, and are tried once more")
-    if (deferred := ray.get(census.deferred.remote())).suspects:
-        left = todo.again(_listing(deferred.suspects), _ledger(output), round)
+    if suspects := ray.get(census.suspects.remote()):
+        left = todo.again(_listing(suspects), _ledger(output), round)
         one = dataclasses.replace(pools, engines=1, units_per_call=1, calls_per_engine=1)
         yield Pass(left, round, one, is_final=True, alone=True, why="were in an engine that died, and are run alone")
 
@@ -234,7 +235,17 @@ def _ledger(output: Output) -> Ledger:
     return Ledger.read(output.store, output.run.n_shards)
 
 
-def _listing(recordings: Sequence[str]) -> todo.Listing:
+def _put_off(census: Any) -> Iterator[str]:
+    """What a pass has put off because of its source, a page at a time."""
+    import ray
+
+    start = 0
+    while page := ray.get(census.put_off.remote(start, start + PAGE)):
+        yield from page
+        start += len(page)
+
+
+def _listing(recordings: Iterable[str]) -> todo.Listing:
     return todo.Listing(map(todo.from_json, recordings))
 
 

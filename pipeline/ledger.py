@@ -52,7 +52,7 @@ SNAPSHOTS = "_run/snapshots"
 
 _SAID = ("recording_id", "index", "is_last", "ok", "kind", "n_samples", "size", "etag")
 _SHOWN = ("stage", "attempts", "source_s", "decode_s", "vad_s", "engine_s")
-_PARSED_ROWS = 50_000  # held as Python objects at once
+_PARSED_ROWS = 4_096  # held as Python objects at once, 3 KB each
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ def test_what_was_in_an_engine_when_it_died_is_put_off_and_what_had_ended_is_not
     it.done("engine", [B])
     assert it.born("engine", "node")
     assert it.take("engine", ALL, alone=False) == [Verdict.DEFER, Verdict.RUN, Verdict.DEFER]
-    assert it.deferred().suspects == ("{a}", "{b}")
+    assert it.suspects() == ["{a}", "{b}"]
     assert it.take("other", ALL[:1], alone=False) == [Verdict.DEFER]  # wherever it is sent
 
 
@@ -35,7 +35,8 @@ def test_alone_one_that_kills_fails_and_one_that_was_only_there_runs() -> None:
     for unit in ALL[1:]:
         assert it.take("engine", [unit], alone=True) == [Verdict.RUN]
         it.done("engine", [unit[0]])
-    assert not it.deferred()
+    assert not it.suspects()
+    assert not it.put_off(0, 9)
 
 
 def test_a_node_that_was_lost_accuses_nobody() -> None:
@@ -43,7 +44,8 @@ def test_a_node_that_was_lost_accuses_nobody() -> None:
     it.born("engine", "node")
     it.take("engine", ALL, alone=True)
     it.born("engine", "another")
-    assert not it.deferred()
+    assert not it.suspects()
+    assert not it.put_off(0, 9)
     assert it.take("engine", ALL, alone=False) == [Verdict.RUN] * 3
 
 
@@ -81,7 +83,8 @@ def test_a_store_that_refuses_too_many_in_a_row_stops_the_run() -> None:
     assert all(it.refused("s3://a", f"{i}", "source") for i in range(IN_A_ROW))
     assert it.refused("s3://b", "elsewhere", "source")
     assert not it.refused("s3://a", "one more", "source")
-    assert len(it.deferred().sources) == IN_A_ROW + 2
+    assert len(it.put_off(0, 10)) == 10
+    assert len(it.put_off(10, 1000)) == IN_A_ROW - 8
 
 
 def test_an_answer_or_another_error_in_between_begins_the_count_anew() -> None:
@@ -103,5 +106,6 @@ def test_what_a_store_gave_before_is_remembered_for_the_last_pass() -> None:
     it.refused("s3://c", "bad", "source")
     assert it.known_good() == {"s3://a": "good"}
     it.next_pass()
-    assert not it.deferred()
+    assert not it.suspects()
+    assert not it.put_off(0, 9)
     assert it.known_good() == {}

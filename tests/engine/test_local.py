@@ -113,7 +113,7 @@ def test_submit_and_cancel(engine: LocalEngine, clips: list[Clip]) -> None:
 def test_long_work_gives_way_to_a_clip(
     engine: LocalEngine, clips: list[Clip], monkeypatch: pytest.MonkeyPatch, gives_way: bool
 ) -> None:
-    """While a brief Unit is in the lanes no others' windows are encoded, unless that has lasted; the text is the same."""
+    """While a brief Unit is in the lanes no other windows are encoded, unless that has lasted; its text is the same."""
     monkeypatch.setattr("pipeline.engine.scheduler.GIVES_WAY_S", 1e9 if gives_way else 0.0)
     scheduler = engine._scheduler
     alone = key(asyncio.run(engine.submit(unit(clips[0]), PLAIN)))
