@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 
 LOG_EVERY_S = 60.0
 LOOK_EVERY_S = 2.0
+_SHOWN_AT_ONCE = 1_024  # recordings that have failed, as objects
 _PATIENCE = 20  # a look that took so long is not taken again for so many times that
 
 Failed = dict[str, Any]  # recording_id, kind, stage, attempts
@@ -93,7 +95,7 @@ class News:
 
     ok: int
     failed: int
-    failures: list[Failed]
+    failures: Counter[tuple[str, str | None]]  # recordings by the kind and the stage of what failed first
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,9 +166,10 @@ class _Watch:
             log.warning("progress: %s", error)
             return
         self._rate.add(now.audio_s - self._before.audio_s)
-        failures = self._failures.new(self._standing.units)
-        for failed in failures:
+        failures: Counter[tuple[str, str | None]] = Counter()
+        for failed in self._failures.new(self._standing.units):
             log_failure(failed)
+            failures[failed["kind"], failed["stage"]] += 1
         if self._tell is not None:
             failed_now = now.failed - self._before.failed
             self._tell(News(now.done - self._before.done - failed_now, failed_now, failures))
@@ -189,14 +192,15 @@ class Failures:
         self._round = round
         self._told = self._failed(units)["recording_id"].combine_chunks()  # by a run before
 
-    def new(self, units: pa.Table) -> list[Failed]:
-        """Those among the winning `units` that were not named yet."""
+    def new(self, units: pa.Table) -> Iterator[Failed]:
+        """Those among the winning `units` that were not named yet; a few as objects at a time, for it may be all."""
         failed = self._failed(units)
         fresh = failed.filter(pc.invert(pc.is_in(failed["recording_id"], self._told)))
         first = fresh.filter(pa.array(begins(fresh, "recording_id")))  # winners are sorted
         self._told = pa.concat_arrays([self._told, first["recording_id"].combine_chunks()])
-        found: list[Failed] = first.select(["recording_id", "kind", "stage", "attempts"]).to_pylist()
-        return found
+        shown = first.select(["recording_id", "kind", "stage", "attempts"])
+        for batch in shown.to_batches(max_chunksize=_SHOWN_AT_ONCE):
+            yield from batch.to_pylist()
 
     def _failed(self, units: pa.Table) -> pa.Table:
         return units.filter(pc.and_(pc.invert(units["ok"]), pc.greater_equal(units["round"], self._round)))

@@ -408,8 +408,8 @@ def count_ended(news: News) -> None:
     """In the driver, for what the ledger says has ended."""
     meters().record("murmur_recordings_total", news.ok, status="ok")
     meters().record("murmur_recordings_total", news.failed, status="failed")
-    for failed in news.failures:
-        meters().record("murmur_failures_total", 1, kind=failed["kind"], stage=failed["stage"] or "other")
+    for (kind, stage), count in news.failures.items():
+        meters().record("murmur_failures_total", count, kind=kind, stage=stage or "other")
 
 
 def count_retries(tries: int, stage: str) -> None:
