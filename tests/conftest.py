@@ -32,6 +32,15 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.e
 OBJECT_STORE = 200 << 20
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start Ray share one process, where its cluster is started once, and come first: they take longest and
+    wait for processes most of the time. All others stay with their file, whose fixtures they share."""
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+    for item in items:
+        name = "ray" if item.get_closest_marker("ray") else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(name))
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A local cluster of 4 logical CPUs that every `ray` test of the session shares."""

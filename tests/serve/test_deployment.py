@@ -6,6 +6,7 @@ import json
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,9 @@ from application import clip
 from serving import Served, serving
 
 from pipeline import cli
+from pipeline.config import load_config
+from pipeline.errors import ConfigError
+from serve_app.deployment import AppArgs, ModelArgs, _engines, args_for, replicas_for_windows
 
 EN_FIVE = clip("en-five.mp3").read_bytes()
 FAKE = ("--set", "engine=fake", "--set", "log_format=json", "--set", "ray.object_store_mb=200")
@@ -78,3 +82,50 @@ def test_refused_before_anything_is_started(
     stderr = capsys.readouterr().err
     assert said in stderr
     assert len(stderr.strip().splitlines()) == 1
+
+
+# ---- what is made of settings
+
+
+def test_the_applications_arguments_of_a_machine() -> None:
+    """Several models share the CPUs but for the server's, or have a GPU each; what a user sets reaches the model."""
+    first = load_config(overrides={"model": "demo", "port": 9000, "limits.body_mb": 7, "beam_size": 2}, env={})
+    second = load_config(overrides={"model": "a/b"}, env={})
+    args = args_for([first, second], cpus=9, gpus=0)
+    assert [(model.model, model.num_cpus, model.num_gpus) for model in args.models] == [("demo", 4, 0), ("a/b", 4, 0)]
+    assert (args.port, args.limits.body_mb) == (9000, 7)
+    config = args.models[0].config()
+    assert (config.beam_size, config.chunk_length_s, config.port) == (2, 10, 8000)  # the demo's own windows
+    on_gpus = args_for([first, second], cpus=9, gpus=2)
+    assert [(model.num_cpus, model.num_gpus) for model in on_gpus.models] == [(1, 1), (1, 1)]
+    on_cpus = load_config(overrides={"model": "demo", "device": "cpu"}, env={})
+    assert args_for([on_cpus], cpus=1, gpus=8).models[0].num_gpus == 0
+    assert AppArgs.model_validate(args.model_dump(mode="json")) == args  # as a file would have it
+
+
+@pytest.mark.parametrize("key", ["port", "limits.body_mb", "lanes", "ray.address", "max_failed_fraction"])
+def test_a_models_settings_are_a_models(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key} is not a model's"):
+        ModelArgs(model="demo", settings={key: 1}).config()
+    with pytest.raises(ConfigError, match="unknown setting 'bem_size'"):
+        ModelArgs(model="demo", settings={"bem_size": 1}).config()
+
+
+@pytest.mark.parametrize(
+    ("windows", "wanted"), [([], 1), ([0, 0], 1), ([20], 1), ([21], 2), ([32, 32], 4), ([4000], 5)]
+)
+def test_replicas_follow_the_windows(windows: list[int], wanted: int) -> None:
+    """Of 16 lanes each: a replica for twenty windows, within the bounds."""
+    metrics = {"windows": dict(enumerate(windows)), "lanes": dict.fromkeys(range(len(windows)), 16)}
+    context = SimpleNamespace(
+        aggregated_metrics=metrics, capacity_adjusted_min_replicas=1, capacity_adjusted_max_replicas=5
+    )
+    assert replicas_for_windows(context) == (wanted, {})  # type: ignore[arg-type]
+
+
+def test_autoscaling_is_serves_own() -> None:
+    """Serve takes the policy by its name, and finds it."""
+    deployment = _engines(ModelArgs(model="demo", engine="fake", max_replicas=3), AppArgs())._bound_deployment
+    scaling = deployment._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas) == (1, 3)
+    assert scaling.policy.get_policy() is replicas_for_windows
