@@ -215,7 +215,7 @@ class ReplicaModel:
         self.id, self.config = args.model, args.config()
         self._handle = handle
         self._model: ServedModel | None = None
-        self._replicas = args.replicas
+        self._replicas, self._scales = args.replicas, (args.max_replicas or 0) > args.replicas
 
     @property
     def info(self) -> EngineInfo:
@@ -270,7 +270,14 @@ class ReplicaModel:
             if self._model is None:
                 self._model = await self._handle.describe.remote(self.config.decode_options())
             standing: Standing = await self._handle.standing.remote()
+            if self._scales:  # and with the replicas the room that there is
+                self._replicas = await asyncio.to_thread(_n_running, self._handle)
         return standing
+
+
+def _n_running(handle: DeploymentHandle) -> int:
+    app = serve.status().applications[handle.app_name]
+    return max(1, int(app.deployments[handle.deployment_name].replica_states.get("RUNNING", 0)))
 
 
 class _Once:
