@@ -34,6 +34,7 @@ from pipeline.entries import begins, published, to_numpy
 from pipeline.errors import MurmurError, OutputHeldError, StoreError, failure_of
 from pipeline.lease import FINALIZE_LEASE, Lease, holds
 from pipeline.ledger import Ledger, read_snapshot
+from pipeline.machine import give_memory_back
 from pipeline.output import SUCCESS, Output, newest_inputs, read_input_ids
 from pipeline.stitch import stitch
 from pipeline.store import THREADS, Store
@@ -114,6 +115,7 @@ def finalize(
     `rewrite`: shards whose files are to be made again even if nothing says so.
     Raises `OutputHeldError` where a lease is lost, `StoreError` where the store refuses or a data object is damaged.
     """
+    give_memory_back()  # what the run before has let go would be on top of what is needed here
     with Lease.acquire(output.store, FINALIZE_LEASE, wait_s=wait_s) as ours:
         ledger = Ledger.read(output.store, output.run.n_shards)
         _merge(ledger, use_ray)

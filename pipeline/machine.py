@@ -5,10 +5,13 @@ Knows nothing of what is measured or run on it.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +82,13 @@ def _git(*arguments: str) -> str:
     except OSError:
         return ""
     return run.stdout.strip()
+
+
+def give_memory_back() -> None:
+    """To the system, what was freed: Arrow's pool and the C library keep it for the next time."""
+    import pyarrow as pa
+
+    gc.collect()
+    pa.default_memory_pool().release_unused()
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)  # musl has none

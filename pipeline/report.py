@@ -172,23 +172,22 @@ def score_of(row: dict[str, Any]) -> Score | None:
 
 
 def failed_ids(output: Output) -> set[str]:
-    return {row["recording_id"] for row in _failed(output)}
+    return set(_failed(output)["recording_id"].to_pylist())
 
 
 def show_failures(output: Output, console: Console, limit: int = 20) -> None:
     """What failed and why, a line a recording."""
     rows = _failed(output)
-    for row in rows[:limit]:
+    for row in rows.slice(0, limit).to_pylist():  # of what may be all of a large run
         line = f"{row['recording_id']}: {row['error_kind']}: {row['error_message']}"
         console.print(one_line(line), style="red", markup=False, highlight=False)
     if len(rows) > limit:
         console.print(f"... and {len(rows) - limit} more: see `error_message` in {output.store}/recordings")
 
 
-def _failed(output: Output) -> list[dict[str, Any]]:
+def _failed(output: Output) -> pa.Table:
     rows = recordings_table(output, ["recording_id", "status", "error_kind", "error_message"])
-    failed: list[dict[str, Any]] = rows.filter(pc.equal(rows["status"], "failed")).sort_by("recording_id").to_pylist()
-    return failed
+    return rows.filter(pc.equal(rows["status"], "failed")).sort_by("recording_id")
 
 
 # ---- a look at an output, also while a run goes on

@@ -1,4 +1,4 @@
-"""Which test holds each known fault of a batch run: numbers and injections as in the project's list of faults."""
+"""Which test holds each known fault, of a batch run and over HTTP: numbers and injections as in the project's lists."""
 
 from __future__ import annotations
 
@@ -49,6 +49,25 @@ CASES: dict[str, tuple[str, tuple[str, ...] | str]] = {
                                        "test_schema::test_secrets_of_a_uri_are_not_committed",
                                        "test_seen::test_logs_name_what_failed_and_hold_no_text_and_no_secret")),
     "F47": ("weights cut in half", ("engine/test_checkpoint::test_what_is_wrong_is_refused_by_name",)),
+    "F52": ("100 uploads at a byte a second", ("serve/test_limits::test_a_slow_body_is_given_up",)),
+    "F53": ("an answer that is never read", ("serve/test_limits::test_an_answer_that_nobody_reads",)),
+    "F56": ("a replica killed mid-request", ("serve/test_deployment::test_killed_replica_and_drained_server",
+                                             "serve/test_limits::test_an_engine_that_stands_still_is_not_ready")),
+    "F58": ("model missing or corrupt at start", ("serve/test_deployment::test_refused_before_anything_is_started",)),
+    "F59": ("no room for uploads", ("serve/test_limits::test_a_full_disk",
+                                    "serve/test_native_webhook::test_no_room_in_the_spool")),
+    "F60": ("1,000 idle connections", ("serve/test_limits::test_a_thousand_idle_connections",)),
+    "F62": ("made-up model names and paths", ("serve/test_limits::test_metrics",)),
+    "F64": ("contradicting lengths", ("serve/test_limits::test_lengths_that_contradict",)),
+    "F66": ("encoded bodies", ("serve/test_limits::test_encoded_bodies",)),
+    "F70": ("a transcript that is a script", ("serve/test_limits::test_hostile_text",
+                                              "serve/test_page::test_downloads_are_the_files_of_the_package")),
+    "F72": ("how tokens are compared", ("serve/test_native::test_every_token_is_compared",)),
+    "F79": ("Retry-After of a receiver", ("serve/test_webhook::test_retry_after",)),
+    "F81": ("1,000 webhooks to a dead host", ("serve/test_webhook::test_a_thousand_webhooks_to_a_dead_host",)),
+    "F82": ("our own route as a webhook", ("serve/test_native_webhook::test_our_own_route_as_the_webhook",)),
+    "F84": ("what a delivery carries", ("serve/test_native_webhook::test_queued_and_delivered",)),
+    "F85": ("audio from addresses", "addresses are not fetched: test_native::test_data_urls_that_are_none"),
     "F90": ("bit-flipped files", ("test_mutated_audio::test_every_file_is_a_row",)),
     "F92": ("VBR mp3, large cover, webm without duration", (
         "test_audio::test_mp3_without_index_and_behind_a_large_picture", "test_audio::test_webm_without_duration")),
@@ -66,6 +85,58 @@ CASES: dict[str, tuple[str, tuple[str, ...] | str]] = {
     "F114": ("a character of several tokens at a seam",
              "a window that ends within a character shows U+FFFD, as the reference's does"),
     "F115": ("half precision", "a script with committed results: benchmarks/half_precision.py"),
+    # ---- cases of the HTTP contract
+    "C1": ("no token", ("serve/test_native::test_tokens",)),
+    "C3": ("another scheme", ("serve/test_native::test_tokens",)),
+    "C6": ("two tokens, one dropped", ("serve/test_native::test_tokens",)),
+    "C9": ("what needs no token", ("serve/test_native::test_tokens",)),
+    "C11": ("the answer's shape", ("serve/test_native::test_shape", "serve/test_native::test_real_speech")),
+    "C13": ("words", ("serve/test_native::test_real_speech",)),
+    "C14": ("chunk_level left out", ("serve/test_native::test_equal_for_equal_requests",)),
+    "C16": ("request ids", ("serve/test_native::test_shape",)),
+    "C18": ("temperature 0 in every spelling", ("serve/test_native::test_equal_for_equal_requests",)),
+    "C19": ("temperature 1", ("serve/test_native::test_values_in_range",)),
+    "C22": ("text without edges", ("serve/test_native::test_shape",)),
+    "C23": ("Chinese over JSON", "needs a real checkpoint; bytes of any script pass test_limits::test_hostile_text"),
+    "C24": ("wav and mp3", ("serve/test_native::test_every_kind_of_audio",)),
+    "C25": ("containers and codecs", ("serve/test_native::test_every_kind_of_audio",)),
+    "C28": ("names of files", ("serve/test_native::test_equal_for_equal_requests",)),
+    "C32": ("data URLs that are none", ("serve/test_native::test_data_urls_that_are_none",)),
+    "C34": ("JSON's numbers as text", ("serve/test_native::test_json_with_a_data_url",)),
+    "C35": ("no audio", ("serve/test_native::test_missing_audio",)),
+    "C37": ("two files", ("serve/test_native::test_sent_twice",)),
+    "C38": ("no bytes, no samples", ("serve/test_native::test_nothing_to_hear",)),
+    "C40": ("other content types", ("serve/test_native::test_bodies_that_are_none",)),
+    "C41": ("chunked, Expect, HTTP/1.0", ("serve/test_limits::test_ways_to_send_the_same",)),
+    "C42": ("translation", ("serve/test_native::test_translate",)),
+    "C44": ("tasks that are none", ("serve/test_native::test_values_out_of_range",)),
+    "C46": ("a fixed language", ("serve/test_native::test_values_in_range",)),
+    "C48": ("every code", ("serve/test_native::test_every_language_of_the_documentation",)),
+    "C50": ("codes that are none", ("serve/test_native::test_values_out_of_range",)),
+    "C52": ("windows of 1 s and 30 s", ("serve/test_native::test_values_in_range",)),
+    "C53": ("lengths out of range", ("serve/test_native::test_values_out_of_range",)),
+    "C56": ("temperatures out of range", ("serve/test_native::test_values_out_of_range",)),
+    "C57": ("an empty prompt", ("serve/test_native::test_equal_for_equal_requests",)),
+    "C61": ("a field twice", ("serve/test_native::test_sent_twice",)),
+    "C66": ("one text on every route", ("serve/test_openai::test_json_under_both_prefixes",
+                                        "serve/test_openai::test_text")),
+    "C70": ("three minutes at 8 kHz", "needs a real checkpoint; de-phone.wav is 8 kHz: test_serving"),
+    "C71": ("queued, then delivered", ("serve/test_native_webhook::test_queued_and_delivered",)),
+    "C74": ("204, 410", ("serve/test_native_webhook::test_dead_letters_are_visible",)),
+    "C76": ("webhooks that are none", ("serve/test_native_webhook::test_addresses_that_are_refused",)),
+    "C77": ("an empty webhook, one in quotes", ("serve/test_native_webhook::test_queued_and_delivered",
+                                                "serve/test_native::test_equal_for_equal_requests")),
+    "C79": ("OpenAI's client", ("serve/test_openai::test_json_under_both_prefixes",)),
+    "C80": ("text", ("serve/test_openai::test_text",)),
+    "C81": ("srt and vtt", ("serve/test_openai::test_subtitles",)),
+    "C85": ("verbose_json", ("serve/test_openai::test_verbose",)),
+    "C88": ("usage", ("serve/test_openai::test_seconds_are_rounded_up",)),
+    "C93": ("translations", ("serve/test_openai::test_translations",)),
+    "C94": ("the list of models", ("serve/test_openai::test_models",)),
+    "C95": ("wrong methods and models", ("serve/test_native::test_routing",)),
+    "C97": ("metrics", ("serve/test_limits::test_metrics",)),
+    "C100": ("DeepInfra's SDK for Node", ("serve/test_sdk::test_deepinfras_sdk",
+                                          "serve/test_native::test_without_a_file_name")),
 }  # fmt: skip
 
 
@@ -79,4 +150,6 @@ def test_each_case_is_held_by_a_test_that_exists(case: str) -> None:
     for name in held:
         file, _, test = name.partition("::")
         tree = ast.parse((TESTS / f"{file}.py").read_text())
-        assert test in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, name
+        assert test in {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}, (
+            name
+        )
