@@ -7,66 +7,37 @@ import json
 import os
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
 from typing import Any
 
 import psutil
 import pytest
 import requests
-from application import MODEL, Serve, clip, demo_config, fake_engine
+from application import (
+    EN_FIVE,
+    MODEL,
+    ROUTE,
+    Serve,
+    answer,
+    clip,
+    demo_config,
+    fake_engine,
+    is_quiet,
+    post,
+    raw,
+    wait_until,
+)
 from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline.config import LimitsConfig
 from serve_app import bodies, door, limits
 from serve_app.limits import BusyError, Gate
-from serve_app.server import HttpServer
 from serve_app.serving import LocalModel
-
-EN_FIVE = clip("en-five.mp3").read_bytes()
-ROUTE = f"/v1/inference/{MODEL}"
-
-
-def post(server: HttpServer, **how: Any) -> requests.Response:
-    return requests.post(f"{server.url}{ROUTE}", files={"audio": EN_FIVE}, timeout=60, **how)
-
-
-def wait_until(holds: Callable[[], Any], within_s: float = 20.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-@contextmanager
-def raw(server: HttpServer, *lines: str, body: bytes = b"") -> Iterator[socket.socket]:
-    """A connection on which these lines of a request, and this much of its body, were sent."""
-    with closing(socket.create_connection((server.host, server.port), timeout=30)) as connection:
-        connection.sendall("\r\n".join([*lines, "", ""]).encode() + body)
-        yield connection
-
-
-def answer(connection: socket.socket) -> bytes:
-    """All that comes until the server closes."""
-    parts = []
-    while part := connection.recv(65536):
-        parts.append(part)
-    return b"".join(parts)
 
 
 def send_without_end(connection: socket.socket, block: bytes) -> None:
     for _ in range(4000):
         connection.sendall(block)
-
-
-def is_quiet(server: HttpServer) -> bool:
-    """Every gauge back to zero, and no upload left."""
-    app = server.app
-    gate, folder = app.gate, app.bodies._folder
-    values = (gate.requests, gate.outstanding, gate.running, gate.waiting, app.meters.in_flight._value.get())
-    return not any(values) and not list(folder.iterdir())
 
 
 # ---- bodies
