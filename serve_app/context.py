@@ -93,8 +93,11 @@ class Context:
 
     @staticmethod
     def ignored(names: Sequence[str]) -> dict[str, str]:
-        """The header that names what was ignored; a name that no header can hold is written out."""
-        safe = [name.encode("unicode_escape").decode()[:60].replace(",", "%2C") for name in names[:20]]
+        """The header that names what was ignored; a name that no header can hold, or end with, is written out."""
+        safe = [
+            name.encode("unicode_escape").decode()[:60].replace(",", "%2C").replace(" ", "%20") or '""'
+            for name in names[:20]
+        ]
         return {"Murmur-Ignored": ", ".join(safe)} if names else {}
 
     async def transcribe(
