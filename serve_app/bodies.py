@@ -32,7 +32,10 @@ from serve_app.limits import READ_BYTES_PER_S, READ_S, BusyError, TooLargeError,
 
 AUDIO = ("audio", "file")  # DeepInfra's name and OpenAI's
 MAX_FIELDS = 64
-MAX_FIELD_BYTES = 1 << 20
+MAX_FIELD_BYTES = 1 << 20  # of all of them together: they are held in memory, and 50 clients may send them at once
+# Brackets and commas in a JSON body, and so its values; no data URL has any. Each would become an object: 30 MB of
+# `{},` take 1 GB and half a minute, in which nobody else is answered.
+MAX_JSON_MARKS = 100_000
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -112,7 +115,9 @@ class Bodies:
             form = await parser.parse()
         except MultiPartException as error:
             if "maximum size" in error.message:
-                raise TooLargeError("a field that is not a file has more than 1 MB: send the audio as a file") from None
+                raise TooLargeError(
+                    "fields that are not a file have more than 1 MB: send the audio as a file"
+                ) from None
             raise RefusedError(400, f"multipart/form-data: {error.message}") from None
         try:
             for name, value in form.multi_items():
@@ -126,8 +131,12 @@ class Bodies:
             await form.close()
 
     async def _read_json(self, request: Request, body: Body) -> None:
+        n_marks = 0
         with tempfile.TemporaryFile(dir=self._folder) as file:
             async for chunk in self._bounded(request):
+                n_marks += sum(map(chunk.count, (b",", b"[", b"{")))
+                if n_marks > MAX_JSON_MARKS:
+                    raise TooLargeError(f"the body is JSON of more than {MAX_JSON_MARKS} values")
                 await asyncio.to_thread(file.write, chunk)
             file.seek(0)
             async with self._parsing:
@@ -184,7 +193,19 @@ class Bodies:
 
 
 class _Parser(MultiPartParser):
-    """A part with a name of `AUDIO` is a file also where it has no file name: as text its bytes would be lost."""
+    """A part with a name of `AUDIO` is a file also where it has no file name: as text its bytes would be lost.
+
+    `max_part_size` is that of all other parts together.
+    """
+
+    _n_field_bytes = 0
+
+    def on_part_data(self, data: bytes, start: int, end: int) -> None:
+        if self._current_part.file is None:
+            self._n_field_bytes += end - start
+            if self._n_field_bytes > self.max_part_size:
+                raise MultiPartException("the fields exceed their maximum size")
+        super().on_part_data(data, start, end)
 
     def on_headers_finished(self) -> None:
         part = self._current_part

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import requests
-from application import EN_FIVE, ROUTE, Serve
+from application import EN_FIVE, ROUTE, Serve, is_quiet, post, raw, wait_until
 
 
 @pytest.mark.parametrize("name", [" x", "x ", "", "x" * 59 + " y", "\t", "\r\nSet-Cookie: a=b"])
@@ -15,3 +15,24 @@ def test_names_that_no_header_can_hold(serve: Serve, name: str) -> None:
     assert response.status_code == 200
     assert response.headers["Murmur-Ignored"].startswith("a, ")
     assert "Set-Cookie" not in response.headers
+
+
+def test_all_fields_together_are_bounded(serve: Serve) -> None:
+    """They lie in memory: 64 of 1 MB each, from 50 clients, would be 3 GB."""
+    server = serve()
+    fields = {f"field{number}": "x" * 300_000 for number in range(4)}
+    assert post(server, data=fields).status_code == 413
+    assert post(server, data=dict(list(fields.items())[:3])).status_code == 200
+    wait_until(lambda: is_quiet(server))
+
+
+@pytest.mark.parametrize("value", ["{},", "[],", "1.5,", '"a":[{},'])
+def test_json_of_very_many_values(serve: Serve, value: str) -> None:
+    """Refused before it becomes objects, and before all of it has come."""
+    server = serve()
+    head = (f"POST {ROUTE} HTTP/1.1", "Host: x", "Content-Type: application/json", "Content-Length: 50000000")
+    with raw(server, *head, body=b'{"x": [' + value.encode() * 120_000) as connection:
+        assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
+    prompt = {"audio": "data:;base64,AAAA", "initial_prompt": "a," * 9_000}
+    assert requests.post(f"{server.url}{ROUTE}", json=prompt, timeout=30).status_code == 400  # no audio, but read
+    wait_until(lambda: is_quiet(server))
