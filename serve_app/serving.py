@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -155,33 +155,30 @@ class Readers:
                 with logs.about(job.id):
                     return next(items, None)
 
-            async def read() -> AsyncIterator[Unit | UnitResult]:
-                while (item := await loop.run_in_executor(self._pool, next_item)) is not None:
+            last: list[Future[Unit | UnitResult | None]] = []  # the read that was begun last
+
+            async def read() -> AsyncGenerator[Unit | UnitResult, None]:
+                while True:
+                    last[:] = [self._pool.submit(next_item)]
+                    item = await asyncio.wrap_future(last[0])
+                    if item is None:
+                        return
                     yield item
+
+            async def close() -> None:
+                """A thread may still be at it where the request was given up: that is waited for, in no other one."""
+                await reading.aclose()
+                await asyncio.gather(*map(asyncio.wrap_future, last), return_exceptions=True)
+                await loop.run_in_executor(self._pool, items.close)  # type: ignore[attr-defined]
 
             reading = read()
             try:
                 yield reading
             finally:
-                # A thread may still be at it where the request was given up; then this waits its turn behind it.
-                await asyncio.shield(asyncio.ensure_future(_closed(loop, self._pool, items, reading)))
+                await asyncio.shield(asyncio.ensure_future(close()))
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
-
-
-async def _closed(loop: asyncio.AbstractEventLoop, pool: ThreadPoolExecutor, items: object, reading: object) -> None:
-    await reading.aclose()  # type: ignore[attr-defined]
-
-    def close() -> None:
-        for _ in range(600):
-            try:
-                items.close()  # type: ignore[attr-defined]
-                return
-            except ValueError:  # "generator already executing": in the thread that was given up
-                time.sleep(0.1)
-
-    await loop.run_in_executor(pool, close)
 
 
 async def transcribe(job: Job, readers: Readers, ticket: Ticket, deadline: Deadline) -> Transcript:

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import requests
 from application import EN_FIVE, ROUTE, Serve, is_quiet, post, raw, wait_until
+
+from pipeline.config import Config
+from pipeline.types import Recording, Unit, UnitResult
+from pipeline.units import read_units
+from serve_app import serving
 
 
 @pytest.mark.parametrize("name", [" x", "x ", "", "x" * 59 + " y", "\t", "\r\nSet-Cookie: a=b"])
@@ -35,4 +44,30 @@ def test_json_of_very_many_values(serve: Serve, value: str) -> None:
         assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
     prompt = {"audio": "data:;base64,AAAA", "initial_prompt": "a," * 9_000}
     assert requests.post(f"{server.url}{ROUTE}", json=prompt, timeout=30).status_code == 400  # no audio, but read
+    wait_until(lambda: is_quiet(server))
+
+
+def test_files_that_are_read_for_ever_hold_one_thread_each(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their requests are given up; the other thread reads on for the others."""
+    go_on = threading.Event()
+    stuck: list[str] = []
+
+    def slow(recording: Recording, config: Config) -> Iterator[Unit | UnitResult]:
+        if not stuck:
+            stuck.append(recording.id)
+            go_on.wait(60)
+        yield from read_units(recording, config)
+
+    monkeypatch.setattr(serving, "read_units", slow)
+    server = serve(limits={"deadline_s": 1.0}, reader_threads=2)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(post, server)
+        wait_until(lambda: stuck)
+        threading.Event().wait(1.5)  # it has been given up by now, and wants its file closed
+        try:
+            assert [post(server).status_code for _ in range(3)] == [200] * 3
+            assert not first.done()
+        finally:
+            go_on.set()
+        assert first.result().status_code == 503
     wait_until(lambda: is_quiet(server))
