@@ -149,10 +149,11 @@ async def _respond(request: Request, task: Literal["transcribe", "translate"]) -
         if ask.form.stream:
             ask.model.info  # noqa: B018
             ticket = stack.enter_context(context.gate.admitted())
-            rest = stack.pop_all()  # until the stream ends
+            rest = stack.pop_all()
 
-            def run(heard: Heard) -> Coroutine[Any, Any, Transcript]:
-                return context.run(request, ticket, ask.model, ask.options, audio, heard)
+            async def run(heard: Heard) -> Transcript:
+                async with rest:  # given back when all is decided: nobody waits for one who reads slowly
+                    return await context.run(request, ticket, ask.model, ask.options, audio, heard)
 
             return Events(_events(run, ask), rest, headers)
         transcript = await context.transcribe(request, ask.model, ask.options, audio)
@@ -216,7 +217,7 @@ def _object(transcript: Transcript, ask: Ask) -> dict[str, Any]:
 
 
 class Events(StreamingResponse):
-    """Server-sent events; what the request holds is given back when they end, also where none was ever sent."""
+    """Server-sent events; when they end, what the request holds is given back, also where none was ever sent."""
 
     def __init__(self, events: AsyncIterator[str], held: AsyncExitStack, headers: Mapping[str, str]) -> None:
         own = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}

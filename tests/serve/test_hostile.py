@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import requests
-from application import EN_FIVE, ROUTE, Serve, is_quiet, post, raw, wait_until
+from application import EN_FIVE, MODEL, ROUTE, Serve, demo_config, fake_engine, is_quiet, post, raw, wait_until
 
 from pipeline.config import Config
-from pipeline.types import Recording, Unit, UnitResult
+from pipeline.engine import Heard
+from pipeline.types import DecodeOptions, Recording, Segment, Unit, UnitResult
 from pipeline.units import read_units
 from serve_app import serving
+from serve_app.serving import LocalModel
 
 
 @pytest.mark.parametrize("name", [" x", "x ", "", "x" * 59 + " y", "\t", "\r\nSet-Cookie: a=b"])
@@ -71,3 +75,35 @@ def test_files_that_are_read_for_ever_hold_one_thread_each(serve: Serve, monkeyp
             go_on.set()
         assert first.result().status_code == 503
     wait_until(lambda: is_quiet(server))
+
+
+class Talker(LocalModel):
+    """Says much at once, and is then done."""
+
+    async def submit(self, unit: Unit, options: DecodeOptions, heard: Heard | None = None) -> UnitResult:
+        assert heard is not None
+        for _ in range(200):
+            heard([Segment(0.0, 1.0, " word" * 20_000, (), -0.1, 1.0, 0.0, 0.0)])
+            await asyncio.sleep(0)
+        return await super().submit(unit, options)
+
+
+def test_who_reads_slowly_holds_no_place(serve: Serve) -> None:
+    """A stream that is decided, and not read: its windows and its file are given back before it is."""
+    server = serve(Talker(MODEL, demo_config(engine="fake"), fake_engine()))
+    with requests.post(
+        f"{server.url}/v1/audio/transcriptions",
+        files={"file": EN_FIVE},
+        data={"stream": "true"},
+        stream=True,
+        timeout=60,
+    ) as response:
+        wait_until(lambda: any(one.flow.write_paused for one in connections(server)))
+        wait_until(lambda: not server.app.gate.outstanding and not list(server.app.bodies._folder.iterdir()))
+        assert server.app.meters.in_flight._value.get() == 1
+        assert response.content.endswith(b"}\n\n")
+    wait_until(lambda: is_quiet(server))
+
+
+def connections(server: Any) -> list[Any]:
+    return list(server._uvicorn.server_state.connections)
