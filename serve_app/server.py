@@ -16,6 +16,7 @@ import uvicorn
 
 from pipeline.errors import ConfigError
 from serve_app.app import Server
+from serve_app.connection import Connection
 
 UNREAD_MS = 60_000  # an answer that a client takes nothing of for so long: its connection is cut
 IDLE_S = 75  # of a connection between two requests
@@ -32,7 +33,7 @@ class HttpServer:
         self.host, self.port = host, int(self._socket.getsockname()[1])
         config = uvicorn.Config(
             server.asgi,
-            http="h11",  # strict about what a request is: two lengths, or a bad one, end the connection
+            http=Connection,  # h11, strict about what a request is: two lengths, or a bad one, end the connection
             ws="none",
             lifespan="on",
             log_config=None,

@@ -1,0 +1,159 @@
+"""One connection, as uvicorn's h11 protocol has it, and what that lets a client do without an end.
+
+- The head of a request may take `HEAD_S`, from the first moment on and after every answer: half a head, or nothing,
+  would otherwise be waited for as long as the client lives.
+- Where the process has as many connections as it can bear, the one that was idle longest makes room for a new one.
+- An answer that is read slower than `UNREAD_BYTES` in `UNREAD_S` is given up, with what is kept for it.
+- Bytes that are all line ends, as chunks of one byte are, cost a thousand times what they weigh: such a client is
+  listened to half of the time at most, a little at once, so that the others are answered meanwhile.
+- What is no HTTP is told so in JSON.
+
+Knows nothing of what is asked or answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import time
+from http import HTTPStatus
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from serve_app.errors import RefusedError, answer
+
+HEAD_S = 30.0
+UNREAD_S, UNREAD_BYTES = 60.0, 64 << 10
+MANY_LINES, SLICE = 1000, 8 << 10  # line ends in what is read at once (256 KB), and bytes that are then taken at once
+MOST = 10_000
+_DESCRIPTORS = 4  # that one connection may need: itself, its upload, a decoder's pipes
+
+
+def most_connections() -> int:
+    """At once, in this process."""
+    return min(MOST, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _DESCRIPTORS)
+
+
+class Connection(H11Protocol):
+    """uvicorn's, with an end to everything."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._since = time.monotonic()  # it was last idle
+        self._head: asyncio.TimerHandle | None = None
+        self._unread: asyncio.TimerHandle | None = None
+        self._later: asyncio.TimerHandle | None = None
+        self._held = b""  # read, and not looked at yet
+        self._await_head()
+        if len(self.connections) > most_connections():
+            self._make_room()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in (self._head, self._unread, self._later):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
+        self._unset_keepalive_if_required()  # uvicorn leaves it where the connection broke
+
+    def data_received(self, data: bytes) -> None:
+        if self._later is not None or data.count(b"\r\n") > MANY_LINES:
+            self._held += data
+            self.transport.pause_reading()
+            if self._later is None:
+                self._take_some()
+        else:
+            self._take(data)
+
+    def on_response_complete(self) -> None:
+        self._since = time.monotonic()
+        super().on_response_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_reader()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, "not a valid HTTP request")
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is being answered here."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def _take(self, data: bytes) -> None:
+        super().data_received(data)
+        self._await_head()
+
+    def _take_some(self) -> None:
+        """A slice of what is held, and the next after as long as this one took."""
+        self._later = None
+        if self.transport.is_closing():
+            return
+        data, self._held = self._held[:SLICE], self._held[SLICE:]
+        began = time.monotonic()
+        self._take(data)
+        if self._held:
+            self.transport.pause_reading()  # the application, which wants more, may have resumed it
+            self._later = self.loop.call_later(time.monotonic() - began, self._take_some)
+        elif not self.flow.read_paused:
+            self.transport.resume_reading()
+
+    def _await_head(self) -> None:
+        """Whether a head is awaited, or begun and not there yet: then there is an end to it."""
+        awaited = self.conn.their_state is h11.IDLE and not self.transport.is_closing()
+        if awaited and self._head is None:
+            self._head = self.loop.call_later(HEAD_S, self._no_head)
+        elif not awaited and self._head is not None:
+            self._head.cancel()
+            self._head = None
+
+    def _no_head(self) -> None:
+        if self.conn.trailing_data[0]:
+            self._refuse(408, f"the head of the request did not come within {HEAD_S:.0f} s")
+        else:
+            self.transport.close()
+
+    def _make_room(self) -> None:
+        idle = [one for one in self.connections if isinstance(one, Connection) and one.is_idle and one is not self]
+        if idle:
+            min(idle, key=lambda one: one._since).transport.abort()
+        else:
+            self._refuse(503, "busy: too many connections", {"Retry-After": "1"})
+
+    def _watch_reader(self) -> None:
+        before = self.transport.get_write_buffer_size()
+
+        def look() -> None:
+            if before - self.transport.get_write_buffer_size() < UNREAD_BYTES:
+                self.transport.abort()
+            else:
+                self._watch_reader()
+
+        self._unread = self.loop.call_later(UNREAD_S, look)
+
+    def _refuse(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
+        """An answer that is no application's; where one has begun, the end of the connection has to say it."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            body = answer(RefusedError(status, message), openai=False).to_bytes()
+            own = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close",
+                   "X-Content-Type-Options": "nosniff"}  # fmt: skip
+            events: list[Any] = [
+                h11.Response(
+                    status_code=status,
+                    headers=list({**own, **(headers or {})}.items()),
+                    reason=HTTPStatus(status).phrase.encode(),
+                ),
+                h11.Data(data=body),
+                h11.EndOfMessage(),
+            ]
+            for event in events:
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
