@@ -36,7 +36,7 @@ MAX_FIELD_BYTES = 1 << 20  # of all of them together: they are held in memory, a
 # Brackets and commas in a JSON body, and so its values; no data URL has any. Each would become an object: 30 MB of
 # `{},` take 1 GB and half a minute, in which nobody else is answered.
 MAX_JSON_MARKS = 100_000
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
 
 
 @dataclass(slots=True)

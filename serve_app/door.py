@@ -30,6 +30,7 @@ OPEN = (
     "/openapi.json",
 )  # need no token; nothing of a caller's is there
 OPEN_FOLDERS = ("/page/", "/docs/")
+LONGEST_METHOD = 16  # in a log line: a head has room for one of 32 KB
 LINGER_S, LINGER_BYTES = 2.0, 16 << 20
 ROUTES = ("/v1/inference/{model}", *(
     f"{prefix}/{path}"
@@ -108,7 +109,7 @@ class Door:
         more = ", ".join(
             f"{name} {value}" for name, value in said.items() if name not in ("request", "route", "status")
         )
-        log.info("%s %s: %s (%s), %s", method, route, status, context.id, more, extra=said)
+        log.info("%s %s: %s (%s), %s", method[:LONGEST_METHOD], route, status, context.id, more, extra=said)
 
     def _refuse(self, scope: Scope) -> None:
         """Raises what is refused whatever the route: before anything of the body is read."""

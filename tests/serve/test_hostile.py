@@ -107,3 +107,11 @@ def test_who_reads_slowly_holds_no_place(serve: Serve) -> None:
 
 def connections(server: Any) -> list[Any]:
     return list(server._uvicorn.server_state.connections)
+
+
+def test_a_long_method_makes_no_long_line(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="serve_app"):
+        response = requests.request("X" * 9000, f"{serve().url}{ROUTE}", timeout=30)
+        wait_until(lambda: [one for one in caplog.records if one.name == "serve_app.door"])
+    assert response.status_code == 405
+    assert max(len(record.getMessage()) for record in caplog.records) < 500

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import socket
@@ -118,12 +119,13 @@ def test_an_upload_that_breaks_off_leaves_nothing(serve: Serve) -> None:
     wait_until(lambda: is_quiet(server))
 
 
-def test_a_full_disk(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """F59: 503 with a Retry-After, and nothing left over."""
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EMFILE])
+def test_a_full_disk(serve: Serve, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """F59: 503 with a Retry-After, and nothing left over; the same where no file can be opened any more."""
     server = serve()
 
     def full(*args: Any) -> None:
-        raise OSError(28, "No space left on device")
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(bodies, "copyfileobj", full)
     response = post(server)
