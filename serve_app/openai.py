@@ -65,9 +65,10 @@ def _body() -> dict[str, Any]:
 
 
 def _answers() -> dict[int | str, dict[str, Any]]:
-    kinds = ("text/plain", "application/x-subrip", "text/vtt", "text/event-stream")
-    texts = {kind: {"schema": {"type": "string"}} for kind in kinds}
-    return {200: {"model": VerboseTranscription | Transcription, "content": texts}, **_REFUSALS}
+    texts = ("text/plain", "application/x-subrip", "text/vtt")
+    kinds: dict[str, Any] = {kind: {"schema": {"type": "string"}} for kind in texts}
+    kinds["text/event-stream"] = {"schema": {}}  # of an event to some readers, of the text to others
+    return {200: {"model": VerboseTranscription | Transcription, "content": kinds}, **_REFUSALS}
 
 
 for _prefix in PREFIXES:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import requests
-from application import MODEL, Serve
+import schemathesis
+from application import EN_FIVE, MODEL, Serve
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from openapi_sweep import sweep
 from schemathesis import GenerationMode
@@ -57,3 +58,12 @@ def test_nothing_that_it_allows_or_forbids_breaks_the_server(serve: Serve, mode:
 
 def test_models_in_the_path(serve: Serve) -> None:
     assert requests.post(f"{serve().url}/v1/inference/{MODEL}", timeout=30).status_code == 415
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("audio", [EN_FIVE, b"no audio"])
+def test_a_stream_is_as_described(serve: Serve, audio: bytes) -> None:
+    url, path = serve().url, "/v1/audio/transcriptions"
+    response = requests.post(f"{url}{path}", files={"file": audio}, data={"stream": "true"}, timeout=60)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    schemathesis.openapi.from_url(f"{url}/openapi.json")[path]["POST"].validate_response(response)
