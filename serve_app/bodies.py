@@ -101,7 +101,8 @@ class Bodies:
             raise
         finally:
             files = [file for files in body.audio.values() for file in files]
-            await asyncio.to_thread(_remove, files)
+            # Shielded: who is given up while this waits for a thread would leave them.
+            await asyncio.shield(asyncio.ensure_future(asyncio.to_thread(_remove, files)))
 
     async def _read_form(self, request: Request, body: Body) -> None:
         parser = _Parser(

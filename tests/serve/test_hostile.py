@@ -6,17 +6,21 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 from application import EN_FIVE, MODEL, ROUTE, Serve, demo_config, fake_engine, is_quiet, post, raw, wait_until
+from starlette.requests import Request
+from starlette.types import Message
 
 from pipeline.config import Config
 from pipeline.engine import Heard
 from pipeline.types import DecodeOptions, Recording, Segment, Unit, UnitResult
 from pipeline.units import read_units
 from serve_app import serving
+from serve_app.bodies import Bodies
 from serve_app.serving import LocalModel
 
 
@@ -75,6 +79,34 @@ def test_files_that_are_read_for_ever_hold_one_thread_each(serve: Serve, monkeyp
             go_on.set()
         assert first.result().status_code == 503
     wait_until(lambda: is_quiet(server))
+
+
+def test_who_is_given_up_as_it_ends_leaves_no_file(tmp_path: Path) -> None:
+    """Its files are removed in a thread, and it is cancelled while all threads are busy."""
+
+    async def story() -> None:
+        loop, go_on, inside = asyncio.get_running_loop(), threading.Event(), asyncio.Event()
+        loop.set_default_executor(ThreadPoolExecutor(1))
+
+        async def receive() -> Message:
+            return {"type": "http.request", "body": b'{"audio": "data:;base64,AAAA"}', "more_body": False}
+
+        async def use() -> None:
+            headers = [(b"content-type", b"application/json")]
+            async with Bodies(tmp_path, 1 << 20).read(Request({"type": "http", "headers": headers}, receive)):
+                loop.run_in_executor(None, go_on.wait)
+                inside.set()
+
+        task = asyncio.create_task(use())
+        await inside.wait()
+        assert len(list(tmp_path.iterdir())) == 1
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        go_on.set()
+        await asyncio.wait_for(asyncio.to_thread(wait_until, lambda: not list(tmp_path.iterdir())), 30)
+
+    asyncio.run(story())
 
 
 class Talker(LocalModel):
