@@ -112,12 +112,14 @@ def test_who_is_given_up_as_it_ends_leaves_no_file(tmp_path: Path) -> None:
 class Talker(LocalModel):
     """Says much at once, and is then done."""
 
-    async def submit(self, unit: Unit, options: DecodeOptions, heard: Heard | None = None) -> UnitResult:
+    async def submit(
+        self, unit: Unit, options: DecodeOptions, heard: Heard | None = None, brief: bool = False
+    ) -> UnitResult:
         assert heard is not None
         for _ in range(200):
             heard([Segment(0.0, 1.0, " word" * 20_000, (), -0.1, 1.0, 0.0, 0.0)])
             await asyncio.sleep(0)
-        return await super().submit(unit, options)
+        return await super().submit(unit, options, None, brief)
 
 
 def test_who_reads_slowly_holds_no_place(serve: Serve) -> None:
