@@ -42,10 +42,9 @@ class Tokens:
     def is_open(self) -> bool:
         return not self._given and self._file is None
 
-    def knows(self, token: str) -> bool:
+    def knows(self, asked: bytes) -> bool:
         """Whether it is one of them; every one is compared, so that time tells nothing."""
         self._read_again()
-        asked = token.encode("utf-8", "surrogateescape")
         found = False
         for each in (*self._given, *self._of_file):
             found |= hmac.compare_digest(asked, each)
@@ -56,9 +55,10 @@ class Tokens:
         if self.is_open:
             return True
         scheme, _, token = headers.get("authorization", "").strip().partition(" ")
-        if scheme.lower() == "bearer" and token.strip():
-            return self.knows(token.strip())
-        return bool(headers.get("xi-api-key")) and self.knows(headers["xi-api-key"].strip())
+        if scheme.lower() != "bearer":
+            token = headers.get("xi-api-key", "")
+        asked = token.strip().encode("latin-1", "replace")  # a header's text is its bytes, one by one
+        return bool(asked) and self.knows(asked)
 
     def _read_again(self) -> None:
         if self._file is None:
@@ -68,8 +68,8 @@ class Tokens:
             seen = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
             if seen != self._seen:
                 self._of_file, self._seen = tuple(line.encode() for line in _lines(self._file)), seen
-        except (OSError, ConfigError):  # being replaced at this moment: those that were there hold until it is
-            return
+        except (OSError, ConfigError):  # removed: a secret that is gone opens nothing
+            self._of_file, self._seen = (), None
 
 
 def refuse_open(tokens: Tokens, host: str) -> None:

@@ -332,7 +332,13 @@ def test_tokens(serve: Serve, tmp_path: Path) -> None:
     ] * 5
     file.write_text("tok-2\n")
     assert [status(Authorization=f"Bearer {token}") for token in ("tok-1", "tok-2")] == [401, 200]
-    file.write_text("")  # a secret that was lost opens nothing
+    file.write_text("grün-tok\n")
+    assert status(Authorization="Bearer grün-tok".encode()) == 200  # type: ignore[arg-type]
+    file.unlink()  # a secret that was lost opens nothing
+    assert status(Authorization="Bearer tok-2") == 401
+    file.write_text("tok-2\n")
+    assert status(Authorization="Bearer tok-2") == 200
+    file.write_text("")
     assert status(Authorization="Bearer tok-2") == 401
     for path in ("healthz", "readyz", "metrics", "docs", "openapi.json", ""):
         page = requests.get(f"{server.url}/{path}", timeout=30)
@@ -352,5 +358,5 @@ def test_every_token_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
         return a == b
 
     monkeypatch.setattr(hmac, "compare_digest", spy)
-    assert Tokens(("one", "two", "three")).knows("one")
+    assert Tokens(("one", "two", "three")).knows(b"one")
     assert compared == [(b"one", b"one"), (b"one", b"two"), (b"one", b"three")]

@@ -24,7 +24,7 @@ from commits import segment
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
-from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, FileChooser, Locator, Page, expect, sync_playwright
 
 from pipeline.formats import FORMATS, timestamp, verbose
 from pipeline.types import SAMPLE_RATE, Recording, Segment, Transcript
@@ -241,15 +241,20 @@ def tab_to(page: Page, selector: str, key: str = "Tab") -> None:
 
 
 def test_the_whole_way_by_keyboard(opened: Page, server: Stub, talk: Path) -> None:
+    choosers: list[FileChooser] = []
+    opened.on(
+        "filechooser", lambda chooser: choosers.append(chooser)
+    )  # from the beginning: it takes the browser a while to give them to us
     expect(opened.get_by_label("Model")).to_be_enabled()
     tab_to(opened, "#language")
     opened.keyboard.type("Ger")
     tab_to(opened, "#task")
     opened.keyboard.type("Translate")
     tab_to(opened, "#file")
-    with opened.expect_file_chooser() as chooser:
-        opened.keyboard.press("Enter")
-    chooser.value.set_files(talk)
+    opened.keyboard.press("Enter")
+    while not choosers:
+        opened.wait_for_timeout(50)
+    choosers[0].set_files(talk)
     expect(rows(opened)).to_have_count(len(SPOKEN))
     expect(opened.get_by_role("heading", name="A talk.wav")).to_be_visible()
     tab_to(opened, "button[data-format=srt]")
