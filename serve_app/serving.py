@@ -20,7 +20,7 @@ from typing import Protocol
 
 import numpy as np
 
-from pipeline import logs
+from pipeline import channels, logs
 from pipeline.config import Config
 from pipeline.engine import Engine, EngineInfo, EngineLoad, Heard
 from pipeline.errors import EngineError, TooLongError
@@ -211,11 +211,14 @@ async def transcribe(job: Job, readers: Readers, ticket: Ticket, deadline: Deadl
 
 async def _submitted(unit: Unit, job: Job, ticket: Ticket, in_order: InOrder) -> UnitResult:
     with logs.about(job.id):
-        async with ticket.inside(n_windows(unit, job.options)):
-            heard = in_order.of(unit.index) if job.heard is not None else None
+        parts = channels.split(unit)
+        async with ticket.inside(len(parts) * n_windows(unit, job.options)):
+            # Of several channels segments are in order only when all are there.
+            heard = in_order.of(unit.index) if job.heard is not None and len(parts) == 1 else None
             is_all = unit.is_last and unit.index == 0
             brief = is_all and seconds(unit.n_samples) <= BRIEF_S
-            result = await job.model.submit(unit, job.options, heard, brief)
+            submitted = (job.model.submit(part, job.options, heard, brief) for part in parts)
+            result = channels.merge(await asyncio.gather(*submitted))
         if result.failure is not None:
             raise EngineError(f"{result.failure.kind}: {result.failure.message}")
     in_order.ended(result)

@@ -32,6 +32,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.e
 OBJECT_STORE = 200 << 20
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that start Ray share one process, where its cluster is started once, and come first: they take longest and
     wait for processes most of the time. All others stay with their file, whose fixtures they share."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import wave
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import requests
 from application import Serve, clip, demo_config
+from audio_files import write_audio
 
 from pipeline.formats import verbose
 from pipeline.transcribe import transcribe
@@ -42,6 +47,29 @@ def test_http_answers_what_the_pipeline_answers(serve: Serve, demo: LocalModel) 
         together = list(pool.map(lambda name: ask(url, name), names))
     for name, said in zip(names, together, strict=True):
         assert texts_of(said) == texts_of(alone[name]), name
+
+
+def test_channels_apart(serve: Serve, demo: LocalModel, tmp_path: Path) -> None:
+    """`channels: split`: what the pipeline answers, streamed too, though segments wait for the other channel."""
+    config = demo_config(channels="split", chunk_level="word")
+    left, right = (np.frombuffer(clip_samples(name), np.int16) for name in ("en-one.wav", "es-three.wav"))
+    n = min(len(left), len(right))
+    file = write_audio(tmp_path / "two.flac", np.stack([left[:n], right[:n]]))
+    url = f"{serve(LocalModel('demo', config, demo._engine)).url}/v1/audio/transcriptions"
+    known = verbose(transcribe(file, demo._engine, config.decode_options(), config))
+    data = {"response_format": "verbose_json", "timestamp_granularities[]": ["segment", "word"]}
+    said = requests.post(url, files={"file": file.read_bytes()}, data=data, timeout=120).json()
+    assert said["segments"] == known["segments"]
+    streamed = requests.post(url, files={"file": file.read_bytes()}, data={**data, "stream": "true"}, timeout=120)
+    events = [json.loads(line[6:]) for line in streamed.text.splitlines() if line.startswith("data: ")]
+    assert [one["text"] for one in events if one["type"] == "transcript.text.segment"] == [
+        one["text"].strip() for one in known["segments"]
+    ]
+
+
+def clip_samples(name: str) -> bytes:
+    with wave.open(str(clip(name))) as file:
+        return file.readframes(file.getnframes())
 
 
 def texts_of(said: dict[str, Any]) -> Any:
