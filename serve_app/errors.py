@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.errors import AudioError, MurmurError, TooLongError, redact
+from pipeline.errors import ApplicationError, AudioError, MurmurError, TooLongError, redact
 from serve_app.limits import BusyError, DeadlineError, TooLargeError, TooSlowError
 
 
@@ -71,6 +71,7 @@ _STATUS: dict[type[Exception], int] = {
     ModelNotFoundError: 404,
     BusyError: 503,
     NotReadyError: 503,
+    ApplicationError: 503,
     DeadlineError: 503,
     TooSlowError: 408,
     TooLargeError: 413,
