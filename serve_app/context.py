@@ -10,7 +10,7 @@ import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from pipeline.engine import Heard
 from pipeline.errors import MurmurError
 from pipeline.types import DecodeOptions, Transcript, seconds
 from serve_app.auth import Tokens
-from serve_app.bodies import Bodies
+from serve_app.bodies import Bodies, Body
 from serve_app.errors import ModelNotFoundError
 from serve_app.limits import Deadline, Gate, Ticket
 from serve_app.meters import Meters
@@ -90,6 +90,14 @@ class Context:
 
     def runtime_ms(self) -> int:
         return max(1, math.floor(1000 * (time.monotonic() - self.began)))
+
+    @asynccontextmanager
+    async def body(self, request: Request) -> AsyncIterator[Body]:
+        """The request's body, read where there may be room for it. Raises what `Bodies.read` does, and `BusyError`."""
+        async with AsyncExitStack() as stack:
+            with self.gate.arriving():
+                body = await stack.enter_async_context(self.app.bodies.read(request))
+            yield body
 
     @staticmethod
     def ignored(names: Sequence[str]) -> dict[str, str]:

@@ -20,6 +20,7 @@ from pipeline.types import SAMPLE_RATE, DecodeOptions, Unit
 READ_S = 30.0  # that any body may take to come, and
 READ_BYTES_PER_S = 16_384  # a second more for as many bytes: slower clients hold a connection for nothing
 IN_FLIGHT_PER_LANE, QUEUED_PER_LANE = 2, 8
+FRESH_S = 1.0
 SHARE = 8  # a request takes so small a part of the room at most
 LONGEST_PAUSE_S = 60  # that anybody is told to stay away for
 
@@ -64,6 +65,7 @@ class Gate:
         self.running = 0  # windows in the engines
         self.waiting = 0  # windows of Units that wait to go in
         self._tickets: set[Ticket] = set()  # of requests that were admitted and have not ended
+        self._arrivals: dict[object, float] = {}  # requests whose body is being read: when they came
         self._firsts = 0  # of `running`, what requests' first Units count
         self._lines = asyncio.Lock(), asyncio.Lock()  # for first Units, and for others; fair: who came first goes first
         self._changed = asyncio.Condition()
@@ -93,6 +95,23 @@ class Gate:
                 f"busy: {outstanding} windows are being transcribed or wait for it, and no more are taken",
                 self.pause_s(),
             )
+
+    @contextmanager
+    def arriving(self) -> Iterator[None]:
+        """A request whose body is read, for the body of the statement. Raises `BusyError`: at once where others are
+        refused, and where twice as many as there is room for have begun in the last second. Who takes longer over a
+        body does not count: slow clients may not keep the others out."""
+        self.refuse_if_full()
+        now = time.monotonic()
+        fresh = sum(now - began < FRESH_S for began in self._arrivals.values())
+        if self.outstanding + fresh >= 2 * (self.in_flight + self.queued):
+            raise BusyError(f"busy: {fresh} requests are arriving, and there is not room for so many", self.pause_s())
+        key = object()
+        self._arrivals[key] = now
+        try:
+            yield
+        finally:
+            del self._arrivals[key]
 
     @contextmanager
     def admitted(self, *, waits: bool = False) -> Iterator[Ticket]:

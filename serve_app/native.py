@@ -75,9 +75,8 @@ _BODY = {
 async def inference(model: str, request: Request) -> Response:
     """Every field is honoured or refused; unknown ones are ignored, and named in the header `Murmur-Ignored`."""
     context = request_context(request)
-    context.gate.refuse_if_full()
     served = context.app.find(model)
-    async with context.app.bodies.read(request) as body:
+    async with context.body(request) as body:
         audio = body.one_audio("audio")
         form = checked(NativeForm, body.single(_FIELDS))
         ignored = [*body.others("audio", *_FIELDS), *request.query_params.keys()]

@@ -140,9 +140,8 @@ class Ask:
 
 async def _respond(request: Request, task: Literal["transcribe", "translate"]) -> Response:
     context = request_context(request)
-    context.gate.refuse_if_full()
     async with AsyncExitStack() as stack:
-        body = await stack.enter_async_context(context.app.bodies.read(request))
+        body = await stack.enter_async_context(context.body(request))
         audio = body.one_audio("file")
         ask = _ask(context, body, task)
         known = ("file", *OpenAIForm.model_fields, *GRANULARITIES)

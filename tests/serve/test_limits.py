@@ -9,6 +9,7 @@ import os
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import psutil
@@ -419,6 +420,20 @@ def test_a_full_gate_refuses_but_never_what_nobody_waits_for() -> None:
         with gate.admitted(waits=True):
             assert gate.outstanding == 3
     assert gate.outstanding == 0
+
+
+def test_who_arrives_counts_for_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many at once are refused before their bodies are read; slow ones keep nobody out."""
+    gate = Gate(LimitsConfig(in_flight_windows=1, queued_windows=1), lanes=1)
+    with ExitStack() as stack:
+        for _ in range(4):
+            stack.enter_context(gate.arriving())
+        with pytest.raises(BusyError), gate.arriving():
+            pass
+        monkeypatch.setattr(limits, "FRESH_S", -1.0)
+        with gate.arriving():
+            assert not gate.outstanding
+    assert not gate._arrivals
 
 
 def test_first_units_go_in_as_they_came() -> None:
