@@ -211,8 +211,8 @@ class Config(_Frozen):
         )
 
 
-# What a result depends on. `dtype` and `model` are fingerprinted as resolved, by the caller.
 SERVER_KEYS = ("host", "port", "ui", "tokens_file", "limits", "webhook", "price_per_minute", "canary_s")
+# What no result depends on. `dtype` and `model` are fingerprinted as resolved, by the caller.
 _NOT_IN_FINGERPRINT = frozenset(
     "device engine lanes log_format max_failed_fraction decode_timeout_s decode_memory_mb engine_timeout_s ray"
     " serve pool".split()

@@ -21,11 +21,8 @@ from pipeline.errors import redact
 
 LogFormat = Literal["text", "json"]
 
-# What a line may say beside its message: `extra=` of the call. The second line is a request's over HTTP.
-FIELDS = (
-    *("recording", "kind", "stage", "attempts"),
-    *("request", "route", "status", "body_bytes", "audio_s", "runtime_ms"),
-)
+# What a line may say beside its message: `extra=` of the call; from `request` on those of one over HTTP.
+FIELDS = tuple("recording kind stage attempts request route status body_bytes audio_s runtime_ms".split())
 _LONGEST = 4000  # characters of a message; what is longer is some library's dump
 _recording: ContextVar[str | None] = ContextVar("recording", default=None)
 

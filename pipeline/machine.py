@@ -1,4 +1,5 @@
-"""What machine this is: processor, cores, what it is good at, versions and commit, as plain JSON where figures go.
+"""What machine this is: processor, cores, what it is good at, versions and commit, as plain JSON where figures go; and
+what it is given back.
 
 Knows nothing of what is measured or run on it.
 """

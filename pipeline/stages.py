@@ -49,8 +49,9 @@ from pipeline.served import ServedEngine
 from pipeline.stitch import failed_unit
 from pipeline.stopwatch import Rate, clocked
 from pipeline.todo import Item, Source, from_json, to_json
-from pipeline.types import SAMPLE_RATE, DecodeOptions, Failure, Recording, Spent, Unit, UnitResult, seconds
+from pipeline.types import DecodeOptions, Failure, Recording, Spent, Unit, UnitResult, seconds
 from pipeline.units import read_units
+from pipeline.windows import n_windows
 
 log = logging.getLogger(__name__)
 AnyEngine = Engine | ServedEngine
@@ -314,7 +315,7 @@ def _n_windows(unit: Unit, options: DecodeOptions) -> int:
     """How many of its windows can be in lanes at once, about."""
     if options.algorithm == "sequential":
         return 1
-    return max(1, -(-unit.pcm.size // (options.chunk_length_s * SAMPLE_RATE)))
+    return n_windows(unit.pcm.size, options)
 
 
 def _set_up_worker(config: Config, census: Any) -> None:

@@ -190,3 +190,8 @@ def _runs(mask: NDArray[np.bool_]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """Where runs of true values start and stop, half-open."""
     edges = np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8))
     return np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
+
+
+def n_windows(n_samples: int, options: DecodeOptions) -> int:
+    """Encoder windows that so much audio takes, about."""
+    return max(1, -(-n_samples // (options.chunk_length_s * SAMPLE_RATE)))

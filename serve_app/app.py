@@ -87,14 +87,14 @@ def create_app(
         _add_page(api)
     _add_errors(api, app)
     _describe(api, app)
-    return Server(Door(api, app), app, api)
+    return Server(Door(api, app), app)
 
 
 class Server:
     """The ASGI application, and the parts that whoever runs it looks at."""
 
-    def __init__(self, asgi: ASGIApp, app: App, api: FastAPI) -> None:
-        self.asgi, self.app, self.api = asgi, app, api
+    def __init__(self, asgi: ASGIApp, app: App) -> None:
+        self.asgi, self.app = asgi, app
 
     def drain(self) -> None:
         """Not ready from now on; what runs goes on."""

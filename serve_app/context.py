@@ -116,7 +116,6 @@ class Context:
         Raises `BusyError`, `NotReadyError`, `DeadlineError`, `EngineError`, `RefusedError` for audio that cannot be
         read, `ClientDisconnect`.
         """
-        model.info  # noqa: B018  (raises where no engine is there yet)
         with self.gate.admitted() as ticket:
             return await self.run(request, ticket, model, options, audio, heard)
 

@@ -42,7 +42,7 @@ from serve_app.app import create_app
 from serve_app.auth import Tokens, refuse_open
 from serve_app.errors import NotReadyError
 from serve_app.server import HttpServer
-from serve_app.serving import Standing, prove
+from serve_app.serving import Standing, next_told, prove
 from serve_app.webhook import WebhookSettings, default_spool
 
 _MOST_LANES = 256  # of an engine that chooses by its memory
@@ -161,11 +161,8 @@ class EngineReplica:
         deciding = asyncio.ensure_future(self._engine.submit(unit, options, heard, brief))
         try:
             while not (deciding.done() and queue.empty()):
-                getting = asyncio.ensure_future(queue.get())
-                await asyncio.wait({getting, deciding}, return_when=asyncio.FIRST_COMPLETED)
-                if getting.done():
-                    yield getting.result()
-                getting.cancel()
+                if segments := await next_told(queue, deciding):
+                    yield segments
             self._proven_at = time.monotonic()
             yield await deciding
         finally:

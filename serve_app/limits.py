@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pipeline.config import LimitsConfig
 from pipeline.errors import MurmurError
 from pipeline.stopwatch import Rate
-from pipeline.types import SAMPLE_RATE, DecodeOptions, Unit
 
 READ_S = 30.0  # that any body may take to come, and
 READ_BYTES_PER_S = 16_384  # a second more for as many bytes: slower clients hold a connection for nothing
@@ -207,8 +206,3 @@ class Deadline:
                 raise
             limit = f"{self._seconds:.0f} s and the audio's own length (limits.deadline_s)"
             raise DeadlineError(f"not done within {limit}") from None
-
-
-def n_windows(unit: Unit, options: DecodeOptions) -> int:
-    """Encoder windows that a Unit takes, about."""
-    return max(1, -(-unit.n_samples // (options.chunk_length_s * SAMPLE_RATE)))

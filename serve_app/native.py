@@ -100,7 +100,7 @@ def options_of(form: NativeForm, model: Model) -> DecodeOptions:
 
 
 def check_language(language: str | None, model: Model) -> None:
-    """Raises `FieldError` for a language that this checkpoint does not have."""
+    """Raises `FieldError` for a language that this checkpoint does not have, `NotReadyError` until one is loaded."""
     known = model.info.languages or ("en",)
     if language is not None and language not in known:
         raise FieldError("language", f"{model.id} does not know {language!r}; it knows {', '.join(sorted(known))}")

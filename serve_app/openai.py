@@ -39,7 +39,7 @@ from serve_app.schemas import (
     VerboseTranscription,
     checked,
 )
-from serve_app.serving import Model
+from serve_app.serving import Model, next_told
 
 router = APIRouter()
 PREFIXES = ("/v1", "/v1/openai")
@@ -147,7 +147,6 @@ async def _respond(request: Request, task: Literal["transcribe", "translate"]) -
         known = ("file", *OpenAIForm.model_fields, *GRANULARITIES)
         headers = context.ignored([*body.others(*known), *request.query_params.keys()])
         if ask.form.stream:
-            ask.model.info  # noqa: B018
             ticket = stack.enter_context(context.gate.admitted())
             rest = stack.pop_all()
 
@@ -236,7 +235,7 @@ async def _events(run: Callable[[Any], Coroutine[Any, Any, Transcript]], ask: As
     text, number = Joined(), 0
     try:
         while not (running.done() and queue.empty()):
-            segments = await _soon(queue, running)
+            segments = await next_told(queue, running, PING_S)
             for segment in segments:
                 for event in _segment_events(segment, number, text, ask):
                     yield event
@@ -251,16 +250,6 @@ async def _events(run: Callable[[Any], Coroutine[Any, Any, Transcript]], ask: As
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
-
-
-async def _soon(queue: asyncio.Queue[Sequence[Segment]], running: asyncio.Task[Any]) -> Sequence[Segment]:
-    """The next segments; none after `PING_S`, or when the transcript is there."""
-    waiting = asyncio.ensure_future(queue.get())
-    try:
-        await asyncio.wait({waiting, running}, timeout=PING_S, return_when=asyncio.FIRST_COMPLETED)
-        return waiting.result() if waiting.done() else ()
-    finally:
-        waiting.cancel()
 
 
 def _segment_events(segment: Segment, number: int, text: Joined, ask: Ask) -> list[str]:

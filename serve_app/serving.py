@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -27,8 +27,9 @@ from pipeline.errors import EngineError, TooLongError
 from pipeline.stitch import stitch
 from pipeline.types import DecodeOptions, Recording, Segment, Transcript, Unit, UnitResult, samples, seconds
 from pipeline.units import read_units
+from pipeline.windows import n_windows
 from serve_app.errors import RefusedError
-from serve_app.limits import Deadline, Ticket, n_windows
+from serve_app.limits import Deadline, Ticket
 
 CANARY_S = 30.0  # an idle engine decodes a window this often
 BRIEF_S = 30.0  # a request of no more audio has the engine's courtesy
@@ -212,7 +213,7 @@ async def transcribe(job: Job, readers: Readers, ticket: Ticket, deadline: Deadl
 async def _submitted(unit: Unit, job: Job, ticket: Ticket, in_order: InOrder) -> UnitResult:
     with logs.about(job.id):
         parts = channels.split(unit)
-        async with ticket.inside(len(parts) * n_windows(unit, job.options)):
+        async with ticket.inside(len(parts) * n_windows(unit.n_samples, job.options)):
             # Of several channels segments are in order only when all are there.
             heard = in_order.of(unit.index) if job.heard is not None and len(parts) == 1 else None
             is_all = unit.is_last and unit.index == 0
@@ -261,6 +262,18 @@ class InOrder:
             for of in (self._held, self._told, self._results):
                 of.pop(self._turn, None)
             self._turn += 1
+
+
+async def next_told(
+    queue: asyncio.Queue[Sequence[Segment]], deciding: asyncio.Future[Any], within_s: float | None = None
+) -> Sequence[Segment]:
+    """The next segments in the queue; none where they do not come `within_s`, or when all is decided."""
+    waiting = asyncio.ensure_future(queue.get())
+    try:
+        await asyncio.wait({waiting, deciding}, timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
+        return waiting.result() if waiting.done() else ()
+    finally:
+        waiting.cancel()
 
 
 def refuse_failed(transcript: Transcript) -> None:

@@ -154,8 +154,10 @@ class Bench:
         return sorted(set(found) - {"lock", "jobs", "dead"})
 
 
-async def until(condition: Callable[[], object]) -> None:
+async def until(condition: Callable[[], object], within_s: float = 120.0) -> None:
+    deadline = time.monotonic() + within_s
     while not condition():
+        assert time.monotonic() < deadline
         await asyncio.sleep(0.005)
 
 

@@ -32,8 +32,8 @@ from pipeline.errors import (
 )
 from pipeline.stitch import failed_unit, stitch_unit
 from pipeline.store import Store
-from pipeline.types import DecodeOptions, Hypothesis, Pcm, Segment, Unit, UnitResult, Word, samples, seconds
-from pipeline.windows import plan
+from pipeline.types import DecodeOptions, Hypothesis, Pcm, Segment, Unit, UnitResult, Word, seconds
+from pipeline.windows import n_windows, plan
 
 _LEXICON = "amber birch cedar delta ember fjord grove haven inlet jetty kayak lotus maple north ocean pearl".split()
 _AUDIBLE = 328  # of 32,768: -40 dB; quieter samples are silence to the fake
@@ -149,13 +149,13 @@ class FakeEngine:
 
     @contextmanager
     def _in_flight(self, unit: Unit, options: DecodeOptions) -> Iterator[None]:
-        n_windows = _n_windows(unit.n_samples, options)
-        self._n_windows += n_windows
+        windows = n_windows(unit.n_samples, options)
+        self._n_windows += windows
         self._progress = time.monotonic()
         try:
             yield
         finally:
-            self._n_windows -= n_windows
+            self._n_windows -= windows
             self._progress = time.monotonic()
 
     @property
@@ -189,26 +189,22 @@ def hear(pcm: Pcm, options: DecodeOptions, fault: Fault | None = None) -> Hypoth
     """The fake transcript of one span, int16 [n]: one segment over its audible part, none in silence."""
     language = options.language if options.language not in (None, "window") else "en"
     audible = np.flatnonzero(np.abs(pcm.astype(np.int32)) >= _AUDIBLE)
-    n_windows = _n_windows(len(pcm), options)
+    windows = n_windows(len(pcm), options)
     kind = fault.kind if fault is not None else None
     if len(audible) == 0 or (fault is not None and _is_emptied(pcm, fault)):
-        return Hypothesis((), language, 1.0, n_windows=n_windows)
+        return Hypothesis((), language, 1.0, n_windows=windows)
     start, end = seconds(int(audible[0])), seconds(int(audible[-1]) + 1)
     words = _words(pcm, end - start)
     if fault is not None and kind in ("text", "loop"):
         words = fault.text.split() if kind == "text" else (fault.text or "round and").split() * _LOOP
     segment = _segment(words, start, end, options.word_timestamps)
-    return Hypothesis((segment,), language, 1.0, n_windows=n_windows, tokens_generated=len(words))
+    return Hypothesis((segment,), language, 1.0, n_windows=windows, tokens_generated=len(words))
 
 
 def _is_emptied(pcm: Pcm, fault: Fault) -> bool:
     """Whether a span loses its text: all do, or the share that the fault's text says, chosen by their samples."""
     share = float(fault.text or 1.0) if fault.kind == "empty" else 0.0
     return int.from_bytes(hashlib.sha256(pcm.tobytes()).digest()[-4:], "little") < share * 2**32
-
-
-def _n_windows(n_samples: int, options: DecodeOptions) -> int:
-    return max(1, -(-n_samples // samples(options.chunk_length_s)))
 
 
 def _words(pcm: Pcm, duration_s: float) -> list[str]:

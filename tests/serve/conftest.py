@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from application import MODEL, Serve, demo_config, fake_engine
+from webhooks import Bench
 
 from pipeline.config import LimitsConfig, load_config
 from pipeline.engine import EngineConfig, load_engine
@@ -24,6 +25,11 @@ def demo() -> Iterator[LocalModel]:
     """The demo model in float32: an engine that really decodes."""
     with load_engine(EngineConfig(model="demo", device="cpu", dtype="float32")) as engine:
         yield LocalModel("demo", demo_config(), engine)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
 
 
 @pytest.fixture

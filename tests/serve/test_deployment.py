@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import requests
-from application import clip
+from application import EN_FIVE
 from serving import Served, serving
 
 from pipeline import cli
@@ -19,7 +19,6 @@ from pipeline.config import load_config
 from pipeline.errors import ConfigError
 from serve_app.deployment import AppArgs, ModelArgs, _engines, args_for, replicas_for_windows
 
-EN_FIVE = clip("en-five.mp3").read_bytes()
 FAKE = ("--set", "engine=fake", "--set", "log_format=json", "--set", "ray.object_store_mb=200")
 
 

@@ -7,30 +7,19 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import requests
-from application import MODEL, Serve, clip
+from application import EN_FIVE, MODEL, Serve
 from serving import serving
-from webhooks import Receiver, always
-
-EN_FIVE = clip("en-five.mp3").read_bytes()
+from webhooks import Receiver, always, until
 
 
 def post(url: str, webhook: str, model: str = MODEL, audio: bytes = EN_FIVE, **data: str) -> requests.Response:
     fields = {"webhook": webhook, **data}
     return requests.post(f"{url}/v1/inference/{model}", files={"audio": audio}, data=fields, timeout=60)
-
-
-async def until(holds: Callable[[], Any], within_s: float = 60.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not holds():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.02)
 
 
 def test_queued_and_delivered(serve: Serve, tmp_path: Path) -> None:

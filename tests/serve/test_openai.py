@@ -7,7 +7,6 @@ import io
 import json
 import math
 import threading
-import time
 import wave
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ import openai
 import pytest
 import requests
 import srt
-from application import MODEL, Serve, clip, demo_config, fake_engine
+from application import MODEL, Serve, clip, demo_config, fake_engine, wait_until
 from audio_files import write_audio
 from openai import AsyncOpenAI, OpenAI
 from openai.types.audio import Transcription, TranscriptionVerbose, TranslationVerbose
@@ -270,10 +269,3 @@ def test_joined() -> None:
     joined = Joined()
     pieces = [joined.add(text) for text in ("  ", " The plane ", " to", "", " Tokyo. \n", "  ")]
     assert pieces == ["", "The plane", "  to", "", " Tokyo.", ""]
-
-
-def wait_until(holds: Any, within_s: float = 20.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)

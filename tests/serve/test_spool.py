@@ -40,12 +40,6 @@ from serve_app import webhook
 from serve_app.spool import Job, Spool
 from serve_app.webhook import SpoolFullError, SpoolHeldError, Webhooks, WebhookSettings
 
-
-@pytest.fixture
-def bench(tmp_path: Path) -> Bench:
-    return Bench(tmp_path)
-
-
 # Arguments: the spool, who may be called, the URL, and how far it comes before it says so and waits to be killed.
 DRIVER = """
 import asyncio, pathlib, sys

@@ -37,12 +37,6 @@ from pipeline.errors import ConfigError
 from serve_app import webhook
 from serve_app.webhook import SpoolFullError, WebhookRefusedError, seconds_of, signing_key
 
-
-@pytest.fixture
-def bench(tmp_path: Path) -> Bench:
-    return Bench(tmp_path)
-
-
 # --- delivery ---------------------------------------------------------------------------------------------------------
 
 
