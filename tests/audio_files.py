@@ -62,14 +62,16 @@ def write_wav(path: Path, pcm: Samples, rate: int = 16_000) -> Path:
     return write_audio(path, pcm, rate, "wav")
 
 
-def write_audio(path: Path, pcm: Samples, rate: int = 16_000, kind: str = "", layout: str = "", **options: str) -> Path:
+def write_audio(
+    path: Path, pcm: Samples, rate: int = 16_000, kind: str = "", layout: str = "", bit_rate: int = 0, **options: str
+) -> Path:
     """Encode `pcm` to `path` as `kind` (the path's extension if empty); `options` are the container's."""
     form, codec = KINDS[kind or path.suffix[1:]]
     channels = np.atleast_2d(pcm)
     layout = layout or {1: "mono", 2: "stereo"}[len(channels)]
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", format=form, container_options=options) as container:
-        _encode(container, channels, rate, codec, layout)
+        _encode(container, channels, rate, codec, layout, bit_rate)
     return path
 
 
@@ -107,8 +109,12 @@ def _frame(channels: Samples, rate: int, layout: str) -> av.AudioFrame:
     return frame
 
 
-def _encode(container: av.container.OutputContainer, channels: Samples, rate: int, codec: str, layout: str) -> None:
+def _encode(
+    container: av.container.OutputContainer, channels: Samples, rate: int, codec: str, layout: str, bit_rate: int = 0
+) -> None:
     stream = container.add_stream(codec, rate=rate, layout=layout)
+    if bit_rate:
+        stream.bit_rate = bit_rate
     container.start_encoding()
     frames = []
     if channels.shape[1]:  # the encoder's own sample format and frame length

@@ -102,6 +102,22 @@ def test_the_applications_arguments_of_a_machine() -> None:
     assert AppArgs.model_validate(args.model_dump(mode="json")) == args  # as a file would have it
 
 
+@pytest.mark.parametrize(
+    ("pool", "cpus", "gpus", "wanted"),
+    [
+        ({"engines": 2}, 4, 0, (2, 1, 0)),
+        ({"engines": 3, "engine_cpus": 4}, 4, 0, (3, 4, 0)),
+        ({"engines": 2}, 9, 1, (2, 4, 0)),  # one GPU is none for two
+        ({"engines": 2, "engine_gpus": 0.5}, 9, 1, (2, 1, 0.5)),
+        ({}, 2, 0, (1, 1, 0)),
+    ],
+)
+def test_engines_of_a_model(pool: dict[str, float], cpus: float, gpus: float, wanted: tuple[int, float, float]) -> None:
+    """`pool.engines` are replicas, of as many CPUs and GPUs as is said or as there are."""
+    (model,) = args_for([load_config(overrides={"model": "demo", "pool": pool}, env={})], cpus, gpus).models
+    assert (model.replicas, model.num_cpus, model.num_gpus) == wanted
+
+
 @pytest.mark.parametrize("key", ["port", "limits.body_mb", "lanes", "ray.address", "max_failed_fraction"])
 def test_a_models_settings_are_a_models(key: str) -> None:
     with pytest.raises(ConfigError, match=f"{key} is not a model's"):
