@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from pipeline.engine import Engine
     from pipeline.report import Summary
+    from pipeline.report_page import Section
     from pipeline.submit import Command, Job
     from pipeline.types import Transcript
 
@@ -212,20 +213,33 @@ def report_command(
     found = figures(_open(output))
     report.show_figures(found, console)
     if html is not None:
-        _write(html, report_page.page(found))
+        _write(html, report_page.page(found, _evaluated(output)))
         console.print(f"page: {html}", markup=False, highlight=False)
     _finish(EXIT_OK, as_json, found.to_json())
 
 
 @app.command()
-def evaluate(output: OutputArgument, as_json: Json = False, verbose: Verbose = False) -> None:
-    """Word error rates against the references that came with the manifest."""
-    from pipeline import report
+def evaluate(
+    output: OutputArgument,
+    reference: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="id and text (.jsonl, .csv, .parquet), in place of the manifest's `text`."),
+    ] = None,
+    against: Annotated[str | None, typer.Option(metavar="OUTPUT", help="Compare with another output.")] = None,
+    worst: Annotated[int, typer.Option(min=0, help="How many recordings to show.")] = 10,
+    resamples: Annotated[int, typer.Option(min=100, help="For the intervals.")] = 1000,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Word and character error rates against references, with intervals, and where the errors are."""
+    from pipeline import evaluation, evaluation_report, references
 
     logs.set_up(verbose=verbose)
     console = _console(as_json)
-    found = report.evaluate(_open(output))
-    report.show_evaluation(found, console)
+    mine, other = _open(output), _open(against) if against is not None else None
+    given = references.from_file(reference) if reference is not None else None
+    found = evaluation.evaluate(mine, given, against=other, n_worst=worst, resamples=resamples)
+    evaluation_report.show(found, console)
     _finish(EXIT_OK, as_json, found.to_json())
 
 
@@ -383,6 +397,15 @@ def _open(output: str) -> Any:
     from pipeline.output import read_output
 
     return read_output(output)
+
+
+def _evaluated(output: str) -> Iterator[Section]:
+    """The page's section of word errors, where the tables are there and hold references."""
+    from pipeline import evaluation, evaluation_report
+
+    result = _open(output)
+    if result.store.sizes("recordings") and evaluation.has_references(result):
+        yield evaluation_report.section(evaluation.evaluate(result, most=evaluation_report.PAGE_RECORDINGS))
 
 
 def _write(file: Path, text: str) -> None:

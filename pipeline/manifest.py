@@ -79,6 +79,51 @@ def read_inputs(inputs: Sequence[str]) -> Iterator[Recording]:
         _refuse_twice(recording for recording in _read_all(inputs) if hash(recording.id) in repeated)
 
 
+def read_references(text: str) -> Iterator[Recording]:
+    """The lines of a file of references: a manifest (`.jsonl`, `.csv`, `.parquet`) that may leave out the audio.
+
+    `id` names the recording, or the audio does, as in a manifest; `text` is the reference, and a Recording without one
+    is a line without one. Its uri is empty. Raises `ManifestError`.
+    """
+    name = public_uri(text)
+    with _refusals(text):
+        place = _Place(name, text, *filesystem(text))
+        if _suffix(text) not in _MANIFESTS:
+            raise ManifestError(f"{name}: no file of references (.jsonl, .csv, .parquet)")
+        base = posixpath.dirname(place.path) if place.is_local else folder_of(place.uri)
+        with place.fs.open(place.path, "rb") as file:
+            for line, row in _reference_rows(file, place):
+                where = f"{name}:{line}"
+                try:
+                    if _id(row) is None and not any(row.get(key) for key in AUDIO_KEYS):
+                        raise ValueError("no id")
+                    default = "" if _id(row) else default_id(resolve(_audio_of(row), base))
+                    yield _recording(row, "", where, default=default, known=_KEYS)
+                except ValueError as error:
+                    raise ManifestError(f"{where}: {error}") from None
+
+
+def _reference_rows(file: Any, place: _Place) -> Iterator[Row]:
+    if _suffix(place.uri) == ".csv":
+        yield from _csv_rows(file, place.name, ("id", *AUDIO_KEYS))
+    elif _suffix(place.uri) == ".jsonl":
+        yield from _jsonl_rows(file, place.name)
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            table = pq.ParquetFile(file)
+            audio = cells.audio_column(table.schema_arrow, AUDIO_KEYS)
+            columns = None if audio is None else cells.without_bytes(table.schema_arrow, audio)
+            for line, row in _parquet_rows(table, range(table.num_row_groups), columns):
+                if audio is not None:
+                    row |= {audio.name: (row.get(audio.name) or {}).get("path")}
+                yield line, row
+        except pa.ArrowException as error:
+            raise ManifestError(f"{place.name}: not Parquet ({str(error).splitlines()[0]})") from None
+
+
 def _read_all(inputs: Sequence[str]) -> Iterator[Recording]:
     return itertools.chain.from_iterable(map(_read_input, inputs))
 
@@ -512,8 +557,9 @@ def _refuse_constant(text: str) -> None:
     raise ValueError(f"{text} is no JSON number")
 
 
-def _csv_rows(file: Any, name: str) -> Iterator[Row]:
-    """Rows by the line they begin on. An empty cell of a known column is a missing one; every value is text."""
+def _csv_rows(file: Any, name: str, needed: Sequence[str] = AUDIO_KEYS) -> Iterator[Row]:
+    """Rows by the line they begin on. An empty cell of a known column is a missing one; every value is text. The
+    header has one of the columns `needed`."""
     csv.field_size_limit(_MAX_LINE)  # the module's own limit, 128 KiB, is for the whole process
     reader = csv.reader((text for _, text in _lines(file, name)), strict=True)
     header: list[str] | None = None
@@ -528,7 +574,7 @@ def _csv_rows(file: Any, name: str) -> Iterator[Row]:
         if not cells:
             continue
         if header is None:
-            header = _csv_header(cells, f"{name}:{line}")
+            header = _csv_header(cells, f"{name}:{line}", needed)
         elif len(cells) != len(header):
             raise ManifestError(f"{name}:{line}: {len(cells)} cells where the header has {len(header)}")
         else:
@@ -536,12 +582,12 @@ def _csv_rows(file: Any, name: str) -> Iterator[Row]:
             yield line, {key: value for key, value in row.items() if value or key not in _KEYS}
 
 
-def _csv_header(cells: list[str], where: str) -> list[str]:
+def _csv_header(cells: list[str], where: str, needed: Sequence[str]) -> list[str]:
     header = [cell.strip() for cell in cells]
     if "" in header or len(set(header)) < len(header):
         raise ManifestError(f"{where}: a column without a name, or two of one name")
-    if not set(header) & set(AUDIO_KEYS):
-        raise ManifestError(f"{where}: no column {' or '.join(AUDIO_KEYS)}; is the first line the header?")
+    if not set(header) & set(needed):
+        raise ManifestError(f"{where}: no column {' or '.join(needed)}; is the first line the header?")
     return header
 
 

@@ -1,4 +1,4 @@
-"""What a run did, for a person at a terminal: a summary, a table of recordings, word error rates; how far it is.
+"""What a run did, for a person at a terminal: a summary, a table of recordings; how far it is.
 
 Reads the public tables and the ledger; changes nothing. Figures come from what is committed, never from what was
 sent off: a number shown here survives a crash.
@@ -6,9 +6,8 @@ sent off: a number shown here survives a crash.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -246,65 +245,3 @@ def _figure_table(*heads: str, rows: Iterable[Sequence[str]]) -> Table:
     for name, *values in rows:
         table.add_row(Text(one_line(name)), *map(Text, values))
     return table
-
-
-# ---- word error rates
-
-
-@dataclass(slots=True)
-class Evaluation:
-    """Word errors of an output against its references; failed recordings are counted, not scored."""
-
-    by_recording: dict[str, Score] = field(default_factory=dict)
-    by_language: dict[str, Score] = field(default_factory=lambda: defaultdict(Score))
-    failed: int = 0
-    without_reference: int = 0
-
-    @property
-    def total(self) -> Score:
-        return sum(self.by_recording.values(), Score())
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "wer": self.total.rate if self.by_recording else None,
-            "by_language": {language: score.rate for language, score in sorted(self.by_language.items())},
-            "words": self.total.n_reference,
-            "scored": len(self.by_recording),
-            "failed": self.failed,
-            "without_reference": self.without_reference,
-        }
-
-
-def evaluate(output: Output) -> Evaluation:
-    found = Evaluation()
-    columns = ["recording_id", "status", "language", "text", "reference"]
-    for row in recordings_table(output, columns).sort_by("recording_id").to_pylist():
-        score = score_of(row)
-        if score is not None:
-            found.by_recording[row["recording_id"]] = score
-            found.by_language[row["language"] or "none"] += score
-        elif row["reference"] is None:
-            found.without_reference += 1
-        else:
-            found.failed += 1
-    return found
-
-
-def show_evaluation(found: Evaluation, console: Console, limit: int = 50) -> None:
-    table = Table("", "words", "subst.", "insert.", "delet.", "WER", box=None, pad_edge=False)
-    for column in table.columns[1:]:
-        column.justify = "right"
-
-    def add(name: str, score: Score, style: str = "") -> None:
-        counts = (score.n_reference, score.substitutions, score.insertions, score.deletions)
-        table.add_row(Text(name), *map(str, counts), f"{100 * score.rate:.2f} %", style=style)
-
-    worst = sorted(found.by_recording.items(), key=lambda pair: -pair[1].rate)
-    for recording_id, score in worst[:limit]:
-        add(recording_id, score)
-    for language, score in sorted(found.by_language.items()):
-        add(f"all of language {language}", score, style="bold")
-    if found.by_recording:
-        add("all", found.total, style="bold")
-        console.print(table)
-    console.print(f"{found.failed} failed and {found.without_reference} without a reference are not in these figures")

@@ -61,6 +61,7 @@ def clip(tmp_path: Path) -> Path:
         (["finalize", "no-such-output"], "no run was begun here"),
         (["report", "no-such-output"], "no run was begun here"),
         (["evaluate", "no-such-output"], "no run was begun here"),
+        (["evaluate", "no-such-output", "--worst", "-1"], "--worst"),
     ],
     ids=lambda value: " ".join(value[:4]) if isinstance(value, list) else "",
 )
@@ -196,7 +197,8 @@ def test_a_run_from_begin_to_end(ray_cluster: None, call: Callable[..., tuple[in
     assert overview["failures"] == {"empty_audio": 1}
     _, wer = told("evaluate", out)
     assert (wer["scored"], wer["words"], wer["failed"], wer["without_reference"]) == (2, 4, 1, 1)
-    assert "all of language en" in call("evaluate", out)[1]
+    assert wer["wer"] == wer["by_language"]["en"] == wer["languages"][0]["wer"]
+    assert "language en" in call("evaluate", out)[1]
 
     write_wav(tmp_path / "3.wav", tone(500, 1.0))
     code, retried = told("retry", out)

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from pipeline import job, report
+from pipeline import evaluation, job, report
 from pipeline.config import Config, load_config
 from pipeline.demo import clips_path
 from pipeline.engine import engine_config, load_engine
@@ -124,4 +124,4 @@ def exact(expected: Any, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_summary_counts(output: Path) -> None:
     out = read_output(str(output))
     assert report.failed_ids(out) == {"damaged"}
-    assert report.evaluate(out).total.rate <= 0.02
+    assert evaluation.evaluate(out).total.words.rate <= 0.02

@@ -1,4 +1,4 @@
-"""What is shown of a run: an unfinished output, tables for a person, word error rates."""
+"""What is shown of a run: an unfinished output, tables for a person."""
 
 from __future__ import annotations
 
@@ -87,21 +87,6 @@ def scored(output: Output) -> Output:
     return output
 
 
-def test_word_error_rates(scored: Output) -> None:
-    found = report.evaluate(scored)
-    assert found.to_json() == {
-        "wer": 2 / 8,
-        "by_language": {"en": 0.0, "de": 2 / 3},
-        "words": 8,
-        "scored": 2,
-        "failed": 1,
-        "without_reference": 2,
-    }
-    shown = said(lambda console: report.show_evaluation(found, console)).splitlines()
-    assert shown[1].split() == ["worse", "3", "1", "0", "1", "66.67", "%"]  # the worst first
-    assert shown[-2].split() == ["all", "8", "1", "0", "1", "25.00", "%"]
-
-
 def test_a_table_of_recordings_and_one_of_failures(scored: Output) -> None:
     shown = said(lambda console: report.show_recordings(scored, console))
     (fine,) = (line for line in shown.splitlines() if line.startswith("fine"))
@@ -122,7 +107,7 @@ def test_markup_in_a_transcript_is_text(output: Output) -> None:
 
 def test_tables_that_are_not_there(output: Output) -> None:
     with pytest.raises(MurmurError, match="murmur finalize"):
-        report.evaluate(output)
+        report.show_recordings(output, Console())
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(3.14159, "3.1 s"), (599.9, "599.9 s"), (5400, "1.50 h")])
