@@ -45,7 +45,7 @@ _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 SCHEMAS = {"segments": schema.SEGMENTS, "words": schema.WORDS, "recordings": schema.RECORDINGS}
-FORMAT = 1  # of the tables: a change here makes every shard be written again
+FORMAT = 2  # of the tables: a change here makes every shard be written again
 MERGE_AT = 256  # data objects
 _STATUSES = pa.schema([("recording_id", pa.string()), ("status", pa.string()), ("duration_s", pa.float64())])
 _ROWS_PER_GROUP = 20_000

@@ -1,7 +1,7 @@
 """What the engine answered, put back in its place: Hypotheses to a UnitResult, UnitResults to a Transcript. Pure.
 
 Nothing vanishes here: `n_skipped` plus what was decoded is the duration to the sample, and speech that no text
-covers is counted.
+covers is counted. What else may be doubted is flagged by the rules of `pipeline.flags`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from itertools import takewhile
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline import flags
+from pipeline.flags import UNCOVERED
 from pipeline.types import (
     SAMPLE_RATE,
     VAD_FRAME,
@@ -28,9 +30,7 @@ from pipeline.types import (
     Word,
     seconds,
 )
-from pipeline.vad import SURE_SPEECH, Frames
-
-UNCOVERED = "uncovered_speech"
+from pipeline.vad import MAYBE_SPEECH, SURE_SPEECH, Frames
 
 MARGIN = 3 * SAMPLE_RATE // 10  # a segment covers speech this close to it: timestamps are that exact
 # The flag is set where a span with EMPTY of sure speech has no text at all, or anywhere SPOKEN of it lies together,
@@ -78,7 +78,8 @@ def stitch_unit(unit: Unit, plan: Plan, hypotheses: Sequence[Hypothesis]) -> Uni
 
 def place(unit: Unit, span: Range, hypothesis: Hypothesis) -> tuple[Segment, ...]:
     """The segments of one span of a Unit's plan, as `stitch_unit` has them."""
-    return tuple(_place(hypothesis, Range(unit.start + span.start, unit.start + span.stop)))
+    placed = _place(hypothesis, Range(unit.start + span.start, unit.start + span.stop))
+    return tuple(replace(segment, flags=flags.of_segment(segment, _speech_s(segment, unit))) for segment in placed)
 
 
 def failed_unit(unit: Unit, failure: Failure) -> UnitResult:
@@ -110,10 +111,13 @@ def stitch(results: Sequence[UnitResult]) -> Transcript:
     _check_complete(units)
     language = next((unit for unit in units if unit.language is not None), None)
     failure = next((unit.failure for unit in units if unit.failure is not None), None)
+    segments, flagged = flags.of_recording(
+        [segment for unit in units for segment in unit.segments], (flag for unit in units for flag in unit.flags)
+    )
     return Transcript(
         recording=units[0].recording,
         status="ok" if failure is None else "failed",
-        segments=tuple(segment for unit in units for segment in unit.segments),
+        segments=segments,
         language=language.language if language else None,
         language_probability=language.language_probability if language else None,
         duration=units[-1].start + units[-1].n_samples,
@@ -124,7 +128,7 @@ def stitch(results: Sequence[UnitResult]) -> Transcript:
         n_fallbacks=sum(unit.n_fallbacks for unit in units),
         tokens_generated=sum(unit.tokens_generated for unit in units),
         tokens_input=sum(unit.tokens_input for unit in units),
-        flags=tuple(dict.fromkeys(flag for unit in units for flag in unit.flags)),
+        flags=flagged,
         failure=failure,
         attempts=max(unit.attempts for unit in units),
     )
@@ -181,15 +185,28 @@ def _with_coverage(result: UnitResult, speech: Frames, empty: Sequence[Range]) -
     )
 
 
+def _speech_s(segment: Segment, unit: Unit) -> float | None:
+    """Seconds in which somebody may speak within MARGIN of a segment's time, its unplaced words included."""
+    if unit.speech is None:
+        return None
+    frames = _frames_of(segment, unit.start)
+    return float((unit.speech[frames] >= MAYBE_SPEECH).sum()) * VAD_FRAME / SAMPLE_RATE
+
+
 def _covered(segments: Sequence[Segment], unit_start: int, n_frames: int) -> NDArray[np.bool_]:
     """[n_frames] the frames that a segment, widened by MARGIN and by its unplaced words, touches."""
     covered = np.zeros(n_frames, np.bool_)
     for segment in segments:
-        before, after = _unplaced(segment.words), _unplaced(segment.words[::-1])
-        start = round((segment.start - before) * SAMPLE_RATE) - unit_start - MARGIN
-        stop = round((segment.end + after) * SAMPLE_RATE) - unit_start + MARGIN
-        covered[max(0, start // VAD_FRAME) : max(0, -(-stop // VAD_FRAME))] = True
+        covered[_frames_of(segment, unit_start)] = True
     return covered
+
+
+def _frames_of(segment: Segment, unit_start: int) -> slice:
+    """The frames of its Unit that a segment, widened by MARGIN and by its unplaced words, touches."""
+    before, after = _unplaced(segment.words), _unplaced(segment.words[::-1])
+    start = round((segment.start - before) * SAMPLE_RATE) - unit_start - MARGIN
+    stop = round((segment.end + after) * SAMPLE_RATE) - unit_start + MARGIN
+    return slice(max(0, start // VAD_FRAME), max(0, -(-stop // VAD_FRAME)))
 
 
 def _unplaced(words: Sequence[Word]) -> float:

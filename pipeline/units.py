@@ -17,13 +17,10 @@ from pipeline.channels import first_speech
 from pipeline.config import Config
 from pipeline.decoder import Audio, Strike, open_audio
 from pipeline.errors import AudioError, DamagedAudioError, failure_of
+from pipeline.flags import HARD_CUT, RESTART, TRUNCATED
 from pipeline.types import SAMPLE_RATE, VAD_FRAME, Algorithm, Pcm, Recording, Unit, UnitResult
 from pipeline.vad import MAYBE_SPEECH, Frames, SileroVad, believed
 from pipeline.windows import SILENCE, energy, language_slice, lowest, pauses
-
-TRUNCATED = "truncated_audio"  # the file is damaged beyond this unit
-RESTART = "sequential_restart"  # the decoder's history begins anew here
-HARD_CUT = "hard_cut"  # this unit ends where somebody speaks
 
 
 def cut_units(

@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "pipeline.audio", "pipeline.decoder",
         "pipeline.decoder_child", "pipeline.decoder_wire", "pipeline.source", "pipeline.sliced", "pipeline.wav",
         "pipeline.vad", "pipeline.units", "pipeline.windows",
-        "pipeline.stitch", "pipeline.formats", "pipeline.scoring", "pipeline.references",
+        "pipeline.flags", "pipeline.stitch", "pipeline.formats", "pipeline.scoring", "pipeline.references",
         "pipeline.schema", "pipeline.store",
         "pipeline.pools", "pipeline.census", "pipeline.todo", "pipeline.output",
         "pipeline.ledger", "pipeline.lease", "pipeline.silero", "pipeline.entries", "pipeline.pieces", "pipeline.void",

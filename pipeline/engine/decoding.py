@@ -23,6 +23,7 @@ from pipeline.engine.features import FRAMES_PER_SECOND, HOP, N_FRAMES, LogMel
 from pipeline.engine.timing import CLOSING, OPENING, Draft, WordTiming, frames, last_word_end, place_words
 from pipeline.engine.tokens import Tokenizer
 from pipeline.errors import NonFiniteError
+from pipeline.flags import MISMATCH, REDECODED, are_kin
 from pipeline.types import SAMPLE_RATE, DecodeOptions, Hypothesis, Pcm, Segment
 
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -32,6 +33,7 @@ MAX_INITIAL_TIMESTAMP = 50  # tokens: the first timestamp is at most 1.0 s
 TEXT_CONTEXT = 448  # decoder positions; half of them hold history, half are sampled
 MAX_CHARACTERS_PER_S = 25  # more than a fast speaker says
 CUT_MARGIN_S = 0.5  # text that ends nearer to a cut in running speech may be cut, or made up, itself
+SURELY_HEARD = 0.9  # probability of another language from which what the model was told is doubted
 PROMPT_CONTEXT = TEXT_CONTEXT // 2 - 1  # tokens of history that fit: 223
 RESET_TEMPERATURE = 0.5  # above it a window's text is not fed to the next
 
@@ -107,6 +109,8 @@ class Decoded:
     tokens: list[int]
     sum_logprob: float
     no_speech_prob: float
+    # The language that the model hears in the window, whatever it was told, and how surely; None: it knows only one.
+    heard: tuple[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -147,6 +151,7 @@ def walk(
     history = History(tokenizer, options, first)
     each_window = options.language == "window"
     state = _State(language="en" if not tokenizer.multilingual else None if each_window else options.language)
+    redecoded = False  # whether the window before had begun a text that this one is to finish
     chunk = options.chunk_length_s * FRAMES_PER_SECOND
     for seek, stop in _clips(options.clip_timestamps, span.content_frames):
         length = chunk
@@ -159,16 +164,21 @@ def walk(
             decoded, temperature = yield from _decode_with_fallback(window, history.prompt(), options, tokenizer, state)
             state.n_windows += 1
             drafts, advance, single_ending = _cut(decoded.tokens, window, tokenizer)
+            n_begun = len(drafts) + _has_tail(decoded.tokens, drafts, tokenizer)
             silence = _is_silence(decoded, options)
             if running_on and window.n_frames < N_FRAMES:
                 advance = 0 if silence else _keep_finished(drafts, window)
                 if not advance:
                     length = min(2 * length, N_FRAMES)
+                    redecoded = redecoded or not silence
                     continue
             length = chunk
             if silence:
                 seek += window.n_frames
+                redecoded = False
                 continue
+            marks = _marks(decoded, None if each_window else state.language), [REDECODED] if redecoded else []
+            redecoded = len(drafts) < n_begun
             if options.algorithm == "windows":
                 drafts = [d for d in drafts if not _is_behind_the_end(d, span)]
                 _clear_empty(drafts)  # before words are timed: asking for words never changes the text
@@ -180,7 +190,7 @@ def walk(
             if believed:
                 if options.algorithm == "sequential":
                     _clear_empty(drafts)
-                state.segments += _segments(drafts, decoded, temperature, tokenizer, state)
+                state.segments += _segments(drafts, decoded, temperature, tokenizer, state, *marks)
                 history.extend(drafts, temperature)
             # A last word that ends where the window began would never let go of it.
             seek = next_seek if next_seek > seek else seek + window.n_frames
@@ -370,6 +380,20 @@ def _cut(tokens: list[int], window: Window, tokenizer: Tokenizer) -> tuple[list[
     return drafts, advance, single_ending
 
 
+def _has_tail(tokens: list[int], drafts: Sequence[Draft], tokenizer: Tokenizer) -> bool:
+    """Whether text follows what `_cut` made of a window's tokens."""
+    n_used = sum(len(draft.tokens) for draft in drafts)
+    return any(token < tokenizer.eot for token in tokens[n_used:])
+
+
+def _marks(decoded: Decoded, told: str | None) -> list[str]:
+    """The flag of a window in which the model surely hears another language than it was `told`."""
+    if decoded.heard is None or told is None:
+        return []
+    heard, probability = decoded.heard
+    return [MISMATCH] if probability >= SURELY_HEARD and not are_kin(heard, told) else []
+
+
 def _keep_finished(drafts: list[Draft], window: Window) -> int:
     """Drops what the end of a window cut in running speech may have halved; returns how many frames are done with.
 
@@ -407,10 +431,17 @@ def _draft(start: float, end: float, tokens: list[int], tokenizer: Tokenizer) ->
 
 
 def _segments(
-    drafts: Sequence[Draft], decoded: Decoded, temperature: float, tokenizer: Tokenizer, state: _State
+    drafts: Sequence[Draft],
+    decoded: Decoded,
+    temperature: float,
+    tokenizer: Tokenizer,
+    state: _State,
+    flags: Sequence[str],
+    flags_of_first: Sequence[str],
 ) -> list[Segment]:
     """The drafts with what is known of their window; the reference gives all segments of a window the same figures."""
     ratio = _repetition(decoded, tokenizer)
+    first = next((draft for draft in drafts if draft.text.strip()), None)
     return [
         Segment(
             start=draft.start,
@@ -424,6 +455,7 @@ def _segments(
             language=state.language,
             language_probability=state.language_probability,
             words=tuple(draft.words),
+            flags=(*flags, *(flags_of_first if draft is first else ())),
         )
         for draft in drafts
     ]

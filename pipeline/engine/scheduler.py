@@ -76,6 +76,7 @@ class _Candidate:
     decode: Decode
     seed: int
     no_speech_prob: float = 0.0
+    heard: tuple[str, float] | None = None
     lanes: list[int] = field(default_factory=list)
     beam: Beam | None = None
     length: int = 0  # tokens in the lanes: prompt and what was sampled
@@ -95,6 +96,8 @@ class Scheduler:
         self._ending: _Candidate | None = None  # whose text is being handed in
         self._tasks: set[Task] = set()
         self._languages: OrderedDict[bytes, tuple[str, float]] = OrderedDict()
+        self._codes = list(tokenizer.languages)
+        self._language_ids = torch.tensor([*tokenizer.languages.values()], dtype=torch.int64, device=model.device)
         self._window_batch = WINDOW_BATCH
         self._n_brief = 0  # of the tasks
         self._gave_way, self._gave_way_s = False, 0.0  # in the last turn; how long, less what it was let off
@@ -292,17 +295,20 @@ class Scheduler:
         if not windows:
             return
         logits = self._model.first_logits(_stack(windows), self._tokenizer.sot)
-        codes = list(self._tokenizer.languages)
-        ids = torch.tensor(list(self._tokenizer.languages.values()), device=logits.device)
-        best = logits[:, ids].softmax(-1).max(-1)
-        found = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        answers = {window: (codes[i], value) for window, (i, value) in zip(windows, found, strict=True)}
+        answers = {w: heard for w, heard in zip(windows, self._heard(logits), strict=True) if heard is not None}
         ready = [ask for ask in self._detects if ask.request.window in answers]
         self._detects = deque(ask for ask in self._detects if ask.request.window not in answers)
         for window, answer in answers.items():
             self._remember_language(window, answer)
         for ask in ready:
             self._advance(ask.task, answers[ask.request.window])
+
+    def _heard(self, logits: Tensor) -> list[tuple[str, float] | None]:
+        """The likeliest language of each row of logits [b, vocab] at start-of-transcript, among languages alone."""
+        if not len(self._language_ids):
+            return [None] * len(logits)
+        best = logits[:, self._language_ids].softmax(-1).max(-1)
+        return [(self._codes[i], value) for i, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 
     def _remember_language(self, window: Window, answer: tuple[str, float]) -> None:
         if window.key is not None:
@@ -354,8 +360,8 @@ class Scheduler:
         firsts = [candidate.lanes[0] for candidate in candidates]
         logits = self._prefill(firsts, [candidate.decode for candidate in candidates])  # [b, 2, vocab]
         silence = logits[:, 0].softmax(-1)[:, self._tokenizer.no_speech].tolist()
-        for candidate, probability in zip(candidates, silence, strict=True):
-            candidate.no_speech_prob = probability
+        for candidate, probability, heard in zip(candidates, silence, self._heard(logits[:, 0]), strict=True):
+            candidate.no_speech_prob, candidate.heard = probability, heard
             candidate.length = len(candidate.decode.prompt)
             first, *others = candidate.lanes
             self._sampler.admit(first, candidate.decode, candidate.seed)
@@ -448,7 +454,7 @@ class Scheduler:
         """
         found = candidate.beam.answers() if candidate.beam else [self._sampler.found(candidate.lanes[0])]
         ask = candidate.ask
-        ask.answers += [Decoded(tokens, total, candidate.no_speech_prob) for tokens, total in found]
+        ask.answers += [Decoded(tokens, total, candidate.no_speech_prob, candidate.heard) for tokens, total in found]
         if candidate.beam is not None or len(ask.answers) == len(candidate.decode.seeds):
             self._ending = candidate
             self._advance(ask.task, ask.answers)

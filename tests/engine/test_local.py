@@ -27,6 +27,8 @@ from pipeline.engine.local import LocalEngine
 from pipeline.engine.model import WhisperModel
 from pipeline.engine.scheduler import Task, _Ask
 from pipeline.errors import ConfigError, EngineError, ModelError
+from pipeline.flags import MISMATCH
+from pipeline.stitch import stitch
 from pipeline.types import DecodeOptions, Hypothesis, Recording, Unit, UnitResult
 from pipeline.vad import detect
 
@@ -83,6 +85,22 @@ def test_later_units_are_told_the_language_of_the_first(engine: LocalEngine, cli
     later = dataclasses.replace(unit(clips[0]), index=1, start=16000, language_pcm=clips[1].pcm)
     (result,) = engine.run([later], PLAIN)
     assert result.language == "de"
+
+
+def test_the_wrong_language_or_task_is_seen(engine: LocalEngine, clips: list[Clip]) -> None:
+    """Told another language, the demo model writes in that or in its own; told to translate, it writes English."""
+    wrong = [
+        unit(clip, f"{i} {language}", language=language)
+        for i, clip in enumerate(clips)
+        for language in ("en", "de", "es")
+        if language != clip.language
+    ]
+    wrong += [unit(clip, f"{i}", task="translate") for i, clip in enumerate(clips) if clip.language != "en"]
+    right = [unit(clip, f"{i} {how}", **more) for i, clip in enumerate(clips)  # type: ignore[arg-type]
+             for how, more in (("found", {}), ("told", {"language": clip.language}))]  # fmt: skip
+    flags = {result.recording.id: stitch([result]).flags for result in engine.run([*wrong, *right], PLAIN)}
+    assert [one.recording.id for one in wrong if MISMATCH not in flags[one.recording.id]] == []
+    assert [one.recording.id for one in right if MISMATCH in flags[one.recording.id]] == []
 
 
 def test_words_do_not_change_the_text(engine: LocalEngine, clips: list[Clip]) -> None:

@@ -31,7 +31,11 @@ Answer = Callable[[Decode], tuple[list[int], float, float]]
 
 
 def run(
-    seconds: float, options: DecodeOptions, tokenizer: Tokenizer, answer: Answer
+    seconds: float,
+    options: DecodeOptions,
+    tokenizer: Tokenizer,
+    answer: Answer,
+    heard: tuple[str, float] | None = None,
 ) -> tuple[Hypothesis, list[Decode]]:
     """Walks through `seconds` of audio; `answer` gives (tokens, mean log-probability, no-speech probability)."""
     steps = walk(Span(np.zeros(round(seconds * 16000), np.int16)), options, tokenizer)
@@ -46,7 +50,7 @@ def run(
                 assert isinstance(request, Decode)
                 asked.append(request)
                 tokens, mean, no_speech = answer(request)
-                reply = [Decoded(tokens, mean * (len(tokens) + 1), no_speech)] * len(request.seeds)
+                reply = [Decoded(tokens, mean * (len(tokens) + 1), no_speech, heard)] * len(request.seeds)
     except StopIteration as stop:
         return stop.value, asked
 
@@ -231,6 +235,57 @@ def test_language_is_detected_once_or_on_every_window(tokenizer: Tokenizer) -> N
     assert all(tokenizer.languages["de"] in d.prompt for d in asked)
     each, _ = run(70, DecodeOptions(language="window"), tokenizer, lambda _: (said, GOOD, 0.0))
     assert {s.language for s in each.segments} == {"de"}
+
+
+@pytest.mark.parametrize(
+    ("options", "heard", "flagged"),
+    [
+        (EN, ("de", 0.9), True),
+        (EN, ("de", 0.89), False),
+        (EN, ("en", 1.0), False),
+        (EN, None, False),
+        (DecodeOptions(), ("en", 0.95), True),  # German was found for the recording
+        (DecodeOptions(language="hr"), ("sr", 1.0), False),  # one passes for the other
+        (DecodeOptions(language="window"), ("en", 1.0), False),  # it is told nothing
+    ],
+)
+def test_another_language_than_it_was_told_is_flagged(
+    tokenizer: Tokenizer, options: DecodeOptions, heard: tuple[str, float] | None, flagged: bool
+) -> None:
+    said = [at(0), *tokenizer.encode(" ja"), at(2), at(2), *tokenizer.encode(" nein"), at(4), at(4)]
+    hypothesis, _ = run(4, options, tokenizer, lambda _: (said, GOOD, 0.0), heard)
+    assert [s.flags for s in hypothesis.segments] == [("language_mismatch",) if flagged else ()] * 2
+
+
+def test_a_tail_that_is_decoded_again_is_flagged(tokenizer: Tokenizer) -> None:
+    """The first window begins a text that it does not finish; the second begins there."""
+    one, two = tokenizer.encode(" one"), tokenizer.encode(" two")
+    answers = iter([[at(0), *one, at(4), at(4), *two], [at(0), *two, at(2), at(2), *one, at(3), at(3)], [at(0), *one]])
+    hypothesis, asked = run(7, EN, tokenizer, lambda _: (next(answers), GOOD, 0.0))
+    assert windows(asked)[:2] == [(0, 7), (4, 3)]
+    assert [(s.text, s.flags) for s in hypothesis.segments] == [
+        (" one", ()), (" two", ("tail_redecoded",)), (" one", ()),
+    ]  # fmt: skip
+
+
+def test_a_window_that_ends_with_its_text_leaves_no_tail(tokenizer: Tokenizer) -> None:
+    said = [at(0), *tokenizer.encode(" one"), at(4), at(4)]
+    hypothesis, asked = run(7, EN, tokenizer, lambda d: (said if d.window.seek == 0 else [at(0)], GOOD, 0.0))
+    assert len(asked) == 2
+    assert [s.flags for s in hypothesis.segments if s.text] == [()]
+
+
+def test_what_a_cut_in_running_speech_left_is_flagged(tokenizer: Tokenizer) -> None:
+    """Windows of 2 s in a span of 5 s: a sentence that ends at the cut is begun again, in a window that grew."""
+    one = tokenizer.encode(" one")
+
+    def answer(decode: Decode) -> tuple[list[int], float, float]:
+        end = 1.9 if decode.window.n_frames == 200 else 3.0
+        return [at(0), *one, at(end), at(end)], GOOD, 0.0
+
+    hypothesis, asked = run(5, DecodeOptions(language="en", chunk_length_s=2), tokenizer, answer)
+    assert windows(asked)[:2] == [(0, 2), (0, 4)]
+    assert hypothesis.segments[0].flags == ("tail_redecoded",)
 
 
 def test_hotwords_stand_before_every_window_and_take_room_from_the_history(tokenizer: Tokenizer) -> None:
