@@ -59,6 +59,19 @@ class Format(StrEnum):
     json = "json"
 
 
+class ExportFormat(StrEnum):
+    txt = "txt"
+    srt = "srt"
+    vtt = "vtt"
+    tsv = "tsv"
+    json = "json"
+    nemo = "nemo"
+
+
+class Preset(StrEnum):
+    training = "training"
+
+
 OutputArgument = Annotated[str, typer.Argument(metavar="OUTPUT", help="The folder or URI of a run.")]
 Model = Annotated[str | None, typer.Option(help="Hub id, folder, fsspec URI, or demo.", show_default=False)]
 ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML with settings.")]
@@ -243,6 +256,77 @@ def evaluate(
     _finish(EXIT_OK, as_json, found.to_json())
 
 
+@app.command("export")
+def export_command(
+    output: OutputArgument,
+    format: Annotated[ExportFormat, typer.Option(help="nemo: one manifest; else a file for each recording.")],
+    to: Annotated[str, typer.Option(metavar="DIR", help="Where the files go: a folder, or a URI of one.")],
+    partial: Annotated[bool, typer.Option("--partial", help="Of an unfinished run, what is there.")] = False,
+    include_failed: Annotated[
+        bool, typer.Option("--include-failed", help="Also recordings that failed, as far as they were decoded.")
+    ] = False,
+    preset: Annotated[
+        Preset | None, typer.Option("--filter", help="A set of the criteria below; those given override it.")
+    ] = None,
+    min_avg_logprob: Annotated[float | None, typer.Option(help="Segments: at least.", show_default=False)] = None,
+    max_compression_ratio: Annotated[float | None, typer.Option(help="Segments: at most.", show_default=False)] = None,
+    max_no_speech_prob: Annotated[float | None, typer.Option(help="Segments: at most.", show_default=False)] = None,
+    min_duration_s: Annotated[float | None, typer.Option(help="Segments: at least.", show_default=False)] = None,
+    max_duration_s: Annotated[float | None, typer.Option(help="Segments: at most.", show_default=False)] = None,
+    language: Annotated[list[str] | None, typer.Option(help="Segments in it; may be repeated.")] = None,
+    exclude_flag: Annotated[
+        list[str] | None, typer.Option(help="Segments without it; any: without flags. May be repeated.")
+    ] = None,
+    exclude_recording_flag: Annotated[
+        list[str] | None, typer.Option(help="Recordings without it; as above. May be repeated.")
+    ] = None,
+    max_uncovered_fraction: Annotated[
+        float | None,
+        typer.Option(help="Recordings: of their speech, at most this without text.", show_default=False),
+    ] = None,
+    where: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Parquet of a query: recording_id, and segment_id if not all of each."),
+    ] = None,
+    max_line_length: Annotated[int | None, typer.Option(help="srt, vtt: characters.", show_default="42")] = None,
+    max_lines: Annotated[int | None, typer.Option(help="srt, vtt: of a cue.", show_default="2")] = None,
+    min_cue_s: Annotated[float | None, typer.Option(help="srt, vtt: where there is room.", show_default="1")] = None,
+    max_cue_s: Annotated[float | None, typer.Option(help="srt, vtt.", show_default="7")] = None,
+    max_chars_per_s: Annotated[
+        float | None, typer.Option(help="srt, vtt: held longer to be read at this speed.", show_default="20")
+    ] = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write the tables as files: a transcript or subtitles for each recording, or a manifest for training."""
+    from pipeline import export as exporting
+    from pipeline.selection import PRESETS, Selection
+    from pipeline.subtitles import Rules
+
+    logs.set_up(verbose=verbose)
+    rules = _given(
+        max_line_length=max_line_length, max_lines=max_lines, min_cue_s=min_cue_s, max_cue_s=max_cue_s,
+        max_chars_per_s=max_chars_per_s,
+    )  # fmt: skip
+    if rules and format.value not in exporting.SUBTITLES:
+        raise UsageError(f"--{next(iter(rules)).replace('_', '-')} is for srt and vtt, not for {format.value}")
+    criteria = _given(
+        min_avg_logprob=min_avg_logprob, max_compression_ratio=max_compression_ratio,
+        max_no_speech_prob=max_no_speech_prob, min_duration_s=min_duration_s, max_duration_s=max_duration_s,
+        languages=tuple(language or ()) or None, exclude_flags=tuple(exclude_flag or ()) or None,
+        exclude_recording_flags=tuple(exclude_recording_flag or ()) or None,
+        max_uncovered_fraction=max_uncovered_fraction, rows=None if where is None else exporting.read_rows(where),
+    )  # fmt: skip
+    selection = dataclasses.replace(PRESETS[preset.value] if preset else Selection(), **criteria)
+    done = exporting.export(
+        _open(output), format.value, to, selection, Rules(**rules), partial=partial, include_failed=include_failed
+    )
+    console = _console(as_json)
+    for line in done.lines():
+        console.print(line, markup=False, highlight=False)
+    _finish(EXIT_OK, as_json, done.to_json())
+
+
 @app.command()
 def serve(
     models: Annotated[
@@ -351,6 +435,11 @@ def bench_engine(
 
 
 # ---- what the commands share
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Those that were given."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _whole_numbers(option: str, text: str) -> tuple[int, ...]:

@@ -1,11 +1,15 @@
-"""A Transcript as text, subtitles (srt, vtt), tab-separated values or a JSON object. Pure."""
+"""A Transcript as text, subtitles (srt, vtt), tab-separated values or a JSON object. Pure.
+
+Subtitles have one cue per segment here; `pipeline.subtitles` makes cues that fit a screen.
+"""
 
 from __future__ import annotations
 
 import html
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from pipeline.types import Segment, Transcript, seconds
@@ -22,31 +26,45 @@ MEDIA_TYPES = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Cue:
+    """What a player shows from `start` to `end`, in seconds; `lines` hold no line break."""
+
+    start: float
+    end: float
+    lines: tuple[str, ...]
+
+
 def to_txt(transcript: Transcript) -> str:
     """One line per segment; nothing for no speech."""
-    return "".join(f"{_line(segment)}\n" for segment in transcript.segments)
+    return "".join(f"{one_line(segment.text)}\n" for segment in transcript.segments)
 
 
 def to_srt(transcript: Transcript) -> str:
-    """SubRip: one cue per segment, counted from 1. Its text has no escapes; only an arrow could be taken for times."""
-    cues = [
-        f"{number}\n{_times(segment, ',')}\n{_ARROW.sub('->', _line(segment))}\n"
-        for number, segment in enumerate(transcript.segments, start=1)
-    ]
-    return "\n".join(cues)
+    """SubRip, one cue per segment."""
+    return srt(_cues(transcript))
 
 
 def to_vtt(transcript: Transcript) -> str:
-    """WebVTT: one cue per segment, text escaped, so that what was said can be neither a tag nor a timing line."""
-    cues = (
-        f"\n{_times(segment, '.')}\n{html.escape(_line(segment), quote=False)}\n" for segment in transcript.segments
+    """WebVTT, one cue per segment."""
+    return vtt(_cues(transcript))
+
+
+def srt(cues: Iterable[Cue]) -> str:
+    """SubRip: cues counted from 1. Its text has no escapes; only an arrow could be taken for times."""
+    return "\n".join(
+        f"{number}\n{_times(cue, ',')}\n{_ARROW.sub('->', _lines(cue))}\n" for number, cue in enumerate(cues, start=1)
     )
-    return "WEBVTT\n" + "".join(cues)
+
+
+def vtt(cues: Iterable[Cue]) -> str:
+    """WebVTT: text escaped, so that what was said can be neither a tag nor a timing line."""
+    return "WEBVTT\n" + "".join(f"\n{_times(cue, '.')}\n{html.escape(_lines(cue), quote=False)}\n" for cue in cues)
 
 
 def to_tsv(transcript: Transcript) -> str:
     """start, end (whole milliseconds) and text, with a heading line."""
-    rows = (f"{_ms(segment.start)}\t{_ms(segment.end)}\t{_line(segment)}\n" for segment in transcript.segments)
+    rows = (f"{_ms(segment.start)}\t{_ms(segment.end)}\t{one_line(segment.text)}\n" for segment in transcript.segments)
     return "start\tend\ttext\n" + "".join(rows)
 
 
@@ -107,13 +125,22 @@ def _verbose_words(transcript: Transcript) -> Iterator[dict[str, Any]]:
             yield {"word": word.word.strip(), "start": word.start, "end": word.end, "probability": word.probability}
 
 
-def _times(segment: Segment, point: str) -> str:
-    return f"{timestamp(segment.start, point)} --> {timestamp(segment.end, point)}"
+def _cues(transcript: Transcript) -> Iterator[Cue]:
+    for segment in transcript.segments:
+        yield Cue(segment.start, segment.end, (one_line(segment.text),))
 
 
-def _line(segment: Segment) -> str:
-    """The text on one line: a blank line would end a cue, a tab a field."""
-    return _BREAKS.sub(" ", segment.text.strip())
+def _times(cue: Cue, point: str) -> str:
+    return f"{timestamp(cue.start, point)} --> {timestamp(cue.end, point)}"
+
+
+def _lines(cue: Cue) -> str:
+    return "\n".join(cue.lines)
+
+
+def one_line(text: str) -> str:
+    """`text` stripped and on one line: a blank line would end a cue, a tab a field."""
+    return _BREAKS.sub(" ", text.strip())
 
 
 def _ms(seconds: float) -> int:

@@ -175,6 +175,7 @@ RECORDINGS = pa.schema(
         pa.field("model_revision", pa.string()),
         _need("options_fingerprint", pa.string()),
         pa.field("metadata", pa.string()),  # a JSON object
+        _need("offset_s", pa.float64()),  # where in the file at `uri` it begins: not 0 for a manifest's slice
     ]
 )
 
@@ -252,6 +253,7 @@ def recording_row(transcript: Transcript, *, model: str, model_revision: str | N
         "model_revision": model_revision,
         "options_fingerprint": options_fingerprint,
         "metadata": recording.metadata,
+        "offset_s": seconds(recording.offset or 0),
     }
 
 

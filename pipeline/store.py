@@ -14,7 +14,10 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import logging
+import os
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -97,6 +100,38 @@ class Store:
             fs.put_file(str(file), path)
 
         self._try("write", name, put)
+
+    def put_whole(self, name: str, data: bytes | Path) -> None:
+        """Write the object `name` from bytes or a local file, so that nobody ever finds half of it.
+
+        On a disk it is written beside and renamed; elsewhere a put is whole by itself.
+        """
+        fs, path = self._find(name)
+        folder = path.rpartition("/")[0]
+        aside = f"{folder}/.{uuid.uuid4().hex}.part" if _is_local(fs) else path
+
+        def put() -> None:
+            _make_folder(fs, aside)
+            try:
+                if isinstance(data, Path):
+                    fs.put_file(str(data), aside)
+                else:
+                    fs.pipe_file(aside, data)
+                if aside != path:
+                    os.replace(aside, path)
+            except BaseException:
+                if aside != path:
+                    Path(aside).unlink(missing_ok=True)
+                raise
+
+        self._try("write", name, put)
+
+    def put_all(self, objects: Iterable[tuple[str, bytes]]) -> int:
+        """`put_whole` each (name, object), several at a time, and return how many; no more than that are held."""
+        rest, count = iter(objects), 0
+        while some := list(itertools.islice(rest, 4 * THREADS)):
+            count += sum(1 for _ in self._several(some, lambda one: self.put_whole(*one)))
+        return count
 
     def create(self, name: str, data: bytes) -> bool:
         """Write the object `name` unless it is there. Some stores cannot tell two creators apart: read it again."""

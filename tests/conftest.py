@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from audio_files import tone, write_wav
 
@@ -30,6 +31,10 @@ os.environ.update(RAY_ENV)
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
 
 OBJECT_STORE = 200 << 20
+
+# The same examples every time, no clock, nothing left on the disk.
+hypothesis.settings.register_profile("tests", derandomize=True, deadline=None, database=None, max_examples=60)
+hypothesis.settings.load_profile("tests")
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups

@@ -200,7 +200,7 @@ def test_columns_of_the_public_tables() -> None:
         "recording_id", "uri", "status", "language", "language_probability", "duration_s", "decoded_s", "skipped_s",
         "speech_s", "uncovered_speech_s", "skipped", "text", "n_segments", "n_words", "n_windows", "n_fallbacks",
         "flags", "error_kind", "error_message", "error_stage", "attempts", "reference", "model", "model_revision",
-        "options_fingerprint", "metadata",
+        "options_fingerprint", "metadata", "offset_s",
     ]  # fmt: skip
     assert [f.name for f in schema.RECORDINGS.field("skipped").type.value_type] == ["start", "end", "reason"]
 
