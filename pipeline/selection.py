@@ -99,7 +99,8 @@ TRAINING = Selection(
     max_no_speech_prob=0.6,
     min_duration_s=0.5,
     max_duration_s=30.0,  # an encoder's input
-    exclude_flags=(ANY,),
+    # Not those that only tell how a text came about, such as `tail_redecoded` and `language_switched`.
+    exclude_flags=("repetition", "low_confidence", "invented_on_silence", "language_mismatch"),
     exclude_recording_flags=("language_mismatch",),
     max_uncovered_fraction=0.1,
 )
