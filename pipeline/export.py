@@ -41,6 +41,7 @@ MANIFEST = "manifest.jsonl"
 SUBTITLES: dict[str, Callable[..., str]] = {"srt": formats.srt, "vtt": formats.vtt}
 PER_CHANNEL = ("txt", "srt", "vtt", "tsv")  # formats that have no place to say which channel
 _LINE_ENDS = re.compile("[\x85\u2028\u2029]")  # JSON leaves them as they are; to many readers they end a line
+WITH_WORDS = (*SUBTITLES, "json")  # formats that words are read for, where there are any
 FORMATS = (*formats.FORMATS, "nemo")
 
 
@@ -111,7 +112,7 @@ def export(
     store = _destination(to, output)
     selection, rules = selection or Selection(), rules or Rules()
     done = Exported(format, str(store), partial=not tables.success.complete)
-    everything = tables.transcripts(words=format in (*SUBTITLES, "json"), tokens=format == "json")
+    everything = tables.transcripts(words=format in WITH_WORDS, tokens=format == "json")
     chosen = _chosen(everything, selection, include_failed, done)
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".jsonl") as lines:
         if format == "nemo":
