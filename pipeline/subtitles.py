@@ -101,6 +101,7 @@ class _Layout:
         self._full: list[int] = []  # where the line that begins with a token is full
         stop = 0
         for start in range(len(tokens)):
+            stop = max(stop, start)  # a token can be longer than a line, if it is one character to a reader
             while stop < len(tokens) and self.length(start, stop + 1) <= rules.max_line_length:
                 stop += 1
             self._full.append(stop)

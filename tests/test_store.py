@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,6 +60,36 @@ def test_a_listing_shows_what_another_process_wrote(store: Store) -> None:
     else:
         Path(store.uri, "x", "2").write_bytes(b"22")
     assert store.sizes("x") == {"1": 1, "2": 2}
+
+
+def test_put_all_takes_more_than_is_held_at_once(store: Store) -> None:
+    made = []
+
+    def objects() -> Iterator[tuple[str, bytes]]:
+        for number in range(150):
+            made.append(number)
+            yield f"n/{number:03}", b"x" * number
+
+    assert store.put_all(objects()) == len(made) == 150
+    assert store.sizes("n") == {f"{number:03}": number for number in range(150)}
+
+
+def test_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full half way leaves what was there, and nothing beside it."""
+    store = Store.at(str(tmp_path / "out"))
+    source = tmp_path / "source"
+    source.write_bytes(b"from a file")
+    store.put_whole("a", source)
+    store.put_whole("a", b"old")
+
+    def full(fs: object, path: str, data: bytes) -> None:
+        Path(path).write_bytes(data[:3])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("fsspec.implementations.local.LocalFileSystem.pipe_file", full)
+    with pytest.raises(StoreError, match=r"cannot write .*No space left"):
+        store.put_whole("a", b"a new one")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == {"a": b"old"}
 
 
 def test_get_all_keeps_order_and_length(store: Store) -> None:
