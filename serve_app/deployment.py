@@ -52,6 +52,7 @@ _DEATHS = 2  # of replicas with one Unit in them, after which it is the Unit tha
 _PER_LANE = 1.25  # windows in an engine for each of its lanes, above which another replica is wanted
 FRONT = "front"
 _LINES = 10_000
+_LOOK_EVERY_S = 0.5  # for the end of what is logged
 
 
 class _Args(BaseModel):
@@ -314,6 +315,7 @@ class Front:
             engine_timeout_s=args.engine_timeout_s,
             ui=args.ui,
         )
+        self._is_drained = False
         self._server = HttpServer(server, args.host, args.port, drain_s=args.limits.deadline_s)
         self._server.start()
 
@@ -321,15 +323,20 @@ class Front:
         return self._server.url
 
     async def lines(self) -> AsyncIterator[str]:
-        """What is logged here from now on, for who started this on one machine: Ray would put its own words before."""
+        """What is logged here until it is drained, for who started this on one machine: Ray would put its own words
+        before. It must end by itself: Serve's shutdown waits for it as for any request."""
         loop, lines = asyncio.get_running_loop(), asyncio.Queue[str](_LINES)
 
         def tell(line: str) -> None:
             loop.call_soon_threadsafe(_put, lines, line)
 
         with logs.also(tell):
-            while True:
-                yield await lines.get()
+            while not (self._is_drained and lines.empty()):
+                line = None
+                with suppress(TimeoutError):
+                    line = await asyncio.wait_for(lines.get(), _LOOK_EVERY_S)
+                if line is not None:
+                    yield line
 
     def why_not_ready(self) -> str | None:
         return self._server.app.why_not_ready()
@@ -341,6 +348,7 @@ class Front:
     async def drain(self) -> None:
         """Returns when what runs has ended."""
         await asyncio.to_thread(self._server.drain)
+        self._is_drained = True
 
     async def __del__(self) -> None:
         await self.drain()

@@ -47,6 +47,7 @@ def test_killed_replica_and_drained_server() -> None:
         assert last.result().status_code == 200
         assert streaming.result()[-1]["type"] == "transcript.text.done"
         assert served.process.wait(60) == 143
+    assert "failed to shut down" not in "".join(served.lines)  # Serve waited for nothing of ours that never ends
     said = [json.loads(line) for line in served.lines if line.startswith("{")]
     requests_said = [one for one in said if one.get("route") == "/v1/inference/{model}"]
     assert [one["status"] for one in requests_said] == ["200"] * 3
