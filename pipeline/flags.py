@@ -40,7 +40,7 @@ TIMES = 4  # a phrase, or a segment, that is said so often in a row
 REPEATED = 8  # words that the repeated phrases must be together: "no, no, no, no" is speech
 CHARACTERS_PER_S = 25  # more than a fast speaker says
 LETTERS = 20  # a text with fewer has no language that could be told
-LOOKED_AT = 600  # characters of a text that are looked at: its beginning, middle and end
+LOOKED_AT = 240  # characters of a text that are looked at: its beginning, middle and end
 UNLIKELY = 0.1  # a language that is less likely than this is not the text's
 
 # Whisper's languages that py3langid knows; others would only take from these.
@@ -141,8 +141,8 @@ def repeats(text: str) -> bool:
     words = text.split()
     if len(words) == 1:
         words = list(words[0])
-    if len(words) < REPEATED:
-        return False
+    if len(words) - len(set(words)) < REPEATED - REPEATED // TIMES:
+        return False  # too few come again, as nearly always
     for length in range(1, PHRASE + 1):
         run = 0  # words in a row that are the same as `length` before
         for word, before in zip(words[length:], words, strict=False):

@@ -93,7 +93,7 @@ def test_failures_flags_and_lists_name_recordings(mixed: Output) -> None:
     ]
     assert {row["flag"]: (row["recordings"], row["segments"], row["examples"]) for row in found.flags} == {
         "uncovered_speech": (1, 0, ["deaf"]),
-        "low_confidence": (0, 1, ["long"]),
+        "low_confidence": (1, 1, ["long"]),
     }
     (least,) = found.coverage
     assert (least["recording_id"], least["uncovered_speech_s"]) == ("deaf", 3.0)

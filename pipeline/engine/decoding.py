@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pipeline.engine.features import FRAMES_PER_SECOND, HOP, N_FRAMES, LogMel
+from pipeline.engine.language import Heard, follow
 from pipeline.engine.timing import CLOSING, OPENING, Draft, WordTiming, frames, last_word_end, place_words
 from pipeline.engine.tokens import Tokenizer
 from pipeline.errors import NonFiniteError
@@ -125,7 +126,19 @@ class Align:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DetectLanguage:
+    """The likeliest language of a window and its probability; or of `every` one its own, [languages] in float64."""
+
     window: Window
+    every: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Opening:
+    """A span's first window, which was heard before, and the language that it was found to be in."""
+
+    window: Window
+    language: str
+    probability: float
 
 
 Request = Decode | Align | DetectLanguage
@@ -135,13 +148,31 @@ Walk = Generator[Request, Any, Hypothesis]
 # -- the seek loop ---------------------------------------------------------------------------------------
 
 
+def first_window(span: Span, options: DecodeOptions) -> Window | None:
+    """Where a walk through a span of `windows` begins; None: there is nothing to walk through."""
+    n_frames = min(options.chunk_length_s * FRAMES_PER_SECOND, span.content_frames)
+    return Window(span, 0, n_frames) if n_frames else None
+
+
+def hear(window: Window) -> Generator[Request, Any, Heard]:
+    """How likely each language is in a window."""
+    heard: Heard = yield DetectLanguage(window, every=True)
+    return heard
+
+
 def walk(
-    span: Span, options: DecodeOptions, tokenizer: Tokenizer, voice: Window | None = None, first: bool = True
+    span: Span,
+    options: DecodeOptions,
+    tokenizer: Tokenizer,
+    voice: Window | None = None,
+    first: bool = True,
+    opening: Opening | None = None,
 ) -> Walk:
     """Goes through a span window by window and returns its Hypothesis, times relative to the span.
 
     A language that the options leave open is detected on `voice`, or without one on the span's first 30 s, as the
-    reference does; or on every window, where the options say so. `first` says that the span opens its recording:
+    reference does; or on every window, where the options say so, by the rule of `pipeline.engine.language`: then
+    `opening` is what the Unit's other windows made of the first one. `first` says that the span opens its recording:
     `initial_prompt` belongs there.
 
     In `windows` a window that ends in the middle of its span was cut in running speech. Only what it surely finished
@@ -157,10 +188,13 @@ def walk(
         length = chunk
         while seek < stop:
             window = Window(span, seek, min(length, stop - seek))
+            if opening is not None and (seek, window.n_frames) == (opening.window.seek, opening.window.n_frames):
+                window = opening.window  # it is encoded
             running_on = options.algorithm == "windows" and seek + window.n_frames < stop
-            if state.language is None or (each_window and tokenizer.multilingual):
-                ask = window if each_window else voice or _opening(window)
-                state.language, state.language_probability = yield DetectLanguage(ask)
+            if each_window and tokenizer.multilingual:
+                yield from _follow_language(window, opening, tokenizer, state)
+            elif state.language is None:
+                state.language, state.language_probability = yield DetectLanguage(voice or _opening(window))
             decoded, temperature = yield from _decode_with_fallback(window, history.prompt(), options, tokenizer, state)
             state.n_windows += 1
             drafts, advance, single_ending = _cut(decoded.tokens, window, tokenizer)
@@ -197,6 +231,19 @@ def walk(
     return state.hypothesis()
 
 
+def _follow_language(
+    window: Window, opening: Opening | None, tokenizer: Tokenizer, state: _State
+) -> Generator[Request, Any, None]:
+    """The language of a window for itself: the opening's is settled, a later one's follows the one before."""
+    if opening is not None and window is opening.window:
+        state.language, state.language_probability = opening.language, opening.probability
+        return
+    heard = yield from hear(window)
+    codes = list(tokenizer.languages)
+    found = follow(None if state.language is None else codes.index(state.language), heard)
+    state.language, state.language_probability = codes[found], float(heard[found])
+
+
 @dataclass(slots=True)
 class _State:
     """What a walk has so far."""
@@ -211,10 +258,12 @@ class _State:
     tokens_input: int = 0
 
     def hypothesis(self) -> Hypothesis:
+        """Its language is that of the first text, where each window has its own."""
+        first = next((segment for segment in self.segments if segment.text.strip()), self)
         return Hypothesis(
             segments=tuple(self.segments),
-            language=self.language,
-            language_probability=self.language_probability,
+            language=first.language,
+            language_probability=first.language_probability,
             n_windows=self.n_windows,
             n_fallbacks=self.n_fallbacks,
             tokens_generated=self.tokens_generated,

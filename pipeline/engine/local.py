@@ -15,18 +15,21 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from functools import partial
 from typing import Any, Self
 
+import numpy as np
 import torch
 
 from pipeline.engine import EngineConfig, EngineInfo, EngineLoad, Heard, options_for
 from pipeline.engine.checkpoint import resolve_model, revision_of
-from pipeline.engine.decoding import Span, Window, walk
+from pipeline.engine.decoding import Opening, Request, Span, Window, first_window, hear, walk
 from pipeline.engine.features import HOP, N_SAMPLES, LogMel
+from pipeline.engine.language import Heard as HeardLanguages
+from pipeline.engine.language import settle
 from pipeline.engine.model import WhisperModel
 from pipeline.engine.scheduler import Scheduler, Task
 from pipeline.engine.tokens import Tokenizer, check_options
@@ -224,14 +227,44 @@ class _UnitJob:
         if not self.n_spans:
             self._finish()
             return
-        unit, voice = self._unit, self._voice()
-        for i, range_ in enumerate(self._plan.spans):
-            if self.future.done():
+        options, is_whole = self._options, self._options.algorithm == "sequential"
+        pcm, start = self._unit.pcm, self._unit.start
+        spans = [Span(pcm[r.start : r.stop], start + r.start, global_maximum=is_whole) for r in self._plan.spans]
+        if options.language == "window" and self.n_spans > 1 and self._engine._tokenizer.multilingual:
+            self._listen(spans)
+        else:
+            self._walk(spans, {})
+
+    def _listen(self, spans: Sequence[Span]) -> None:
+        """Hears the language of every span's first window, then walks: its neighbours help to say which it is."""
+        windows = {i: window for i, span in enumerate(spans) if (window := first_window(span, self._options))}
+        answers: dict[int, HeardLanguages] = {}
+
+        def take(i: int, result: HeardLanguages | Exception) -> None:
+            if isinstance(result, Exception):
+                _settle(self.future, result)
                 return
-            pcm = unit.pcm[range_.start : range_.stop]
-            span = Span(pcm, unit.start + range_.start, global_maximum=self._options.algorithm == "sequential")
-            steps = walk(span, self._options, self._engine._tokenizer, voice, first=unit.index == 0 and i == 0)
-            task = Task(steps, partial(self._take, i), owner=self, brief=self._is_brief)
+            answers[i] = result
+            if len(answers) == len(windows) and not self.future.done():
+                codes, heard = list(self._engine._tokenizer.languages), np.array([answers[i] for i in windows])
+                found = zip(windows.items(), settle(heard), heard, strict=True)
+                self._walk(spans, {i: Opening(w, codes[k], float(row[k])) for (i, w), k, row in found})
+
+        for i, window in windows.items():
+            self._start(hear(window), partial(take, i))
+        if not windows:
+            self._walk(spans, {})
+
+    def _walk(self, spans: Sequence[Span], openings: Mapping[int, Opening]) -> None:
+        unit, voice = self._unit, self._voice()
+        for i, span in enumerate(spans):
+            is_first = unit.index == 0 and i == 0
+            steps = walk(span, self._options, self._engine._tokenizer, voice, is_first, openings.get(i))
+            self._start(steps, partial(self._take, i))
+
+    def _start(self, steps: Generator[Request, Any, Any], done: Callable[[Any], None]) -> None:
+        if not self.future.done():
+            task = Task(steps, done, owner=self, brief=self._is_brief)
             self._tasks.append(task)
             self._engine._scheduler.start(task)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Generator, Hashable
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pipeline.engine import EngineLoad
 from pipeline.engine.beam import Beam
-from pipeline.engine.decoding import Align, Decode, Decoded, DetectLanguage, Request, Sampler, Walk, Window
+from pipeline.engine.decoding import Align, Decode, Decoded, DetectLanguage, Request, Sampler, Window
 from pipeline.engine.fairness import FairQueue
 from pipeline.engine.features import LogMel
 from pipeline.engine.model import WhisperModel
@@ -47,7 +47,7 @@ class Task:
     for a `brief` one, and it is over soon: others' encoding waits for it, see `_gives_way`.
     """
 
-    walk: Walk
+    walk: Generator[Request, Any, Any]
     done: Callable[[Any], None]
     owner: Hashable = None
     brief: bool = False
@@ -206,7 +206,7 @@ class Scheduler:
                 for seed in decode.seeds:
                     self._decodes.push(ask.task.whose, _Candidate(ask, decode, seed))
             case DetectLanguage() as detect:
-                known = self._languages.get(detect.window.key or b"")
+                known = None if detect.every else self._languages.get(detect.window.key or b"")
                 if known is None:
                     self._detects.append(ask)
                 else:
@@ -295,13 +295,16 @@ class Scheduler:
         if not windows:
             return
         logits = self._model.first_logits(_stack(windows), self._tokenizer.sot)
+        rows = logits[:, self._language_ids].softmax(-1).double().cpu().numpy()
+        every = dict(zip(windows, rows, strict=True))
         answers = {w: heard for w, heard in zip(windows, self._heard(logits), strict=True) if heard is not None}
         ready = [ask for ask in self._detects if ask.request.window in answers]
         self._detects = deque(ask for ask in self._detects if ask.request.window not in answers)
         for window, answer in answers.items():
             self._remember_language(window, answer)
         for ask in ready:
-            self._advance(ask.task, answers[ask.request.window])
+            wants_every = isinstance(ask.request, DetectLanguage) and ask.request.every
+            self._advance(ask.task, (every if wants_every else answers)[ask.request.window])
 
     def _heard(self, logits: Tensor) -> list[tuple[str, float] | None]:
         """The likeliest language of each row of logits [b, vocab] at start-of-transcript, among languages alone."""
