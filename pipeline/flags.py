@@ -35,6 +35,7 @@ RESTART = "sequential_restart"
 COMPRESSION = 2.4  # openai/whisper's own thresholds, at which it decodes again
 LOGPROB = -1.0
 NO_SPEECH = 0.6
+SURELY_HEARD = 0.9  # probability of another language from which what the model was told is doubted
 PHRASE = 8  # words of the longest phrase that is looked for again
 TIMES = 4  # a phrase, or a segment, that is said so often in a row
 REPEATED = 8  # words that the repeated phrases must be together: "no, no, no, no" is speech
@@ -87,8 +88,7 @@ FLAGS = (
         MISMATCH,
         "segment",
         "the model, told the language or having found it elsewhere in the recording, hears another one in its window"
-        " with 0.9 or more; of a recording also: the text, where it has"
-        f" {LETTERS} letters or more, is in the language of its segments with a probability below {UNLIKELY}, by the"
+        f" with {SURELY_HEARD} or more; of a recording also: the text, where it has {LETTERS} letters or more, is in the language of its segments with a probability below {UNLIKELY}, by the"
         " letters alone (so is all that `task: translate` did translate)",
     ),
     Flag(UNCOVERED, "recording", "somebody speaks for 1 s or more, or in a whole span, and no segment covers it"),

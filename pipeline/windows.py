@@ -8,11 +8,14 @@ With `windows` a span is contiguous audio of at most `chunk_length_s`, cut in a 
 Cuts are looked for in the last third of a span, at the latest pause of at least half a second, else at the longest
 and deepest one of at least 100 ms. Where there is none the span goes on to the next pause, and the engine walks it
 in windows. All bounds are multiples of VAD_FRAME, or n.
+
+With `language: window` spans are phrases, cut in every pause of half a second: a speaker of another language begins
+after one. The engine hears which language each is in, and joins those that belong together (`join`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +30,7 @@ ENOUGH = 16  # 0.51 s: a pause between sentences; a longer one is no better to c
 MARGIN = 7  # 0.22 s kept before and after speech
 SILENCE = 63  # 2.02 s without speech are skipped
 EDGE = 2  # a cut keeps this distance from speech
+PHRASE = 47  # 1.5 s: less tells too little of a language
 
 LANGUAGE_S = 30  # what language detection hears
 
@@ -96,8 +100,23 @@ def plan(unit: Unit, options: DecodeOptions) -> Plan:
     if unit.speech is None:
         spans = list(_cut_by_energy(energy(unit.pcm), n_samples, limit))
     else:
-        spans = list(_cut_in_pauses(_checked(unit.speech, n_samples), n_samples, limit))
+        phrases = options.language == "window"
+        spans = list(_cut_in_pauses(_checked(unit.speech, n_samples), n_samples, limit, phrases))
     return Plan(tuple(spans), tuple(_between(spans, n_samples)))
+
+
+def join(spans: Sequence[Range], languages: Sequence[int], limit: int) -> list[range]:
+    """Which spans, by index, make one: neighbours in one language, without a gap, of at most `limit` samples."""
+    groups: list[range] = []
+    for i, span in enumerate(spans):
+        fits = (
+            i > 0
+            and languages[i] == languages[i - 1]
+            and span.start == spans[i - 1].stop
+            and span.stop - spans[groups[-1].start].start <= limit
+        )
+        groups[-1:] = [range(groups[-1].start, i + 1)] if fits else [*groups[-1:], range(i, i + 1)]
+    return groups
 
 
 def language_slice(unit: Unit) -> Pcm | None:
@@ -130,13 +149,17 @@ def _checked(speech: Frames, n_samples: int) -> Frames:
     return speech
 
 
-def _cut_in_pauses(speech: Frames, n_samples: int, limit: int) -> Iterator[Range]:
+def _cut_in_pauses(speech: Frames, n_samples: int, limit: int, phrases: bool = False) -> Iterator[Range]:
     """Spans with speech in them, in order; what lies between them is silence."""
     found = pauses(speech)
     for first, last in _regions(speech):
         stop = min(last * VAD_FRAME, n_samples)
-        while stop - first * VAD_FRAME > limit:
-            cut = _next_cut(found, first, limit // VAD_FRAME)
+        while True:
+            cut = _end_of_phrase(found, first, last) if phrases else None
+            if cut is None or (cut - first) * VAD_FRAME > limit:
+                if stop - first * VAD_FRAME <= limit:
+                    break
+                cut = _next_cut(found, first, limit // VAD_FRAME)
             if cut is None or cut >= last:
                 break
             if _speaks(speech[first:cut]):
@@ -150,6 +173,13 @@ def _next_cut(found: Pauses, first: int, n_frames: int) -> int | None:
     """Where the span that begins at `first` ends: in its last third, else beyond its length at the next pause."""
     cut = found.cut(first + (2 * n_frames + 2) // 3, first + n_frames)
     return cut if cut is not None else found.next(first + n_frames + 1)
+
+
+def _end_of_phrase(found: Pauses, first: int, last: int) -> int | None:
+    """Where the first pause between sentences can be cut that leaves a phrase before it and another behind it."""
+    fits = (found.stop - found.start >= ENOUGH) & (found.start >= first + PHRASE) & (found.stop <= last - PHRASE)
+    at = np.flatnonzero(fits)
+    return found.cut(int(found.start[at[0]]), int(found.stop[at[0]])) if len(at) else None
 
 
 def _speaks(speech: Frames) -> bool:

@@ -8,7 +8,7 @@ from speech import frames, pcm_at, talk
 
 from pipeline.types import SAMPLE_RATE, VAD_FRAME, DecodeOptions, Plan, Range, Recording, Unit
 from pipeline.vad import MAYBE_SPEECH, Frames, detect
-from pipeline.windows import MARGIN, PAUSE, SILENCE, energy, language_slice, lowest, pauses, plan
+from pipeline.windows import MARGIN, PAUSE, SILENCE, energy, join, language_slice, lowest, pauses, plan
 
 RECORDING = Recording("a", "a.wav")
 
@@ -241,3 +241,41 @@ def test_margins_and_pauses_are_what_the_contract_asks() -> None:
     assert (PAUSE - 1) * VAD_FRAME < 0.1 * SAMPLE_RATE <= (PAUSE - 1) * VAD_FRAME + VAD_FRAME
     assert MARGIN * VAD_FRAME >= 0.2 * SAMPLE_RATE
     assert (SILENCE - 1) * VAD_FRAME < 2 * SAMPLE_RATE <= SILENCE * VAD_FRAME
+
+
+# ---- `language: window`
+
+
+PHRASES = DecodeOptions(chunk_length_s=10, language="window")
+
+
+@pytest.mark.parametrize(
+    ("drawing", "n_spans"),
+    [
+        ("100# 20. 100# 20. 60#", 3),  # 0.64 s of pause each
+        ("100# 12. 100#", 1),  # 0.38 s: within a sentence
+        ("30# 20. 100# 20. 30#", 1),  # the first and the last are too short for phrases of their own
+        ("100# 20. 30# 20. 100#", 2),  # one in the middle belongs to what follows
+        ("100# 70. 100#", 2),  # 2.2 s: silence, as ever
+        ("700#", 1),  # running speech of 22 s
+        ("100# 20. 700# 20. 100#", 3),
+        ("250# 6. 250# 20. 100#", 3),  # a phrase of more than 10 s is cut as any other
+        ("100.", 0),
+    ],
+)
+def test_phrases_are_cut_in_every_pause(drawing: str, n_spans: int) -> None:
+    one = unit(frames(drawing))
+    planned = plan(one, PHRASES)
+    assert len(planned.spans) == n_spans
+    covered = sorted([(span.start, span.stop) for span in (*planned.spans, *planned.skipped)])
+    assert [0, *(stop for _, stop in covered)] == [*(start for start, _ in covered), one.n_samples]
+    assert all(span.n_samples >= 47 * VAD_FRAME for span in planned.spans)
+
+
+def test_neighbours_in_one_language_are_joined_up_to_a_window() -> None:
+    spans = [Range(0, 3), Range(3, 6), Range(6, 9), Range(9, 12), Range(15, 17)]
+    assert join(spans, [0, 0, 1, 1, 1], limit=10) == [range(2), range(2, 4), range(4, 5)]
+    assert join(spans, [0] * 5, limit=6) == [range(2), range(2, 4), range(4, 5)]
+    assert join(spans, [0] * 5, limit=100) == [range(4), range(4, 5)]
+    assert join([Range(0, 50)], [0], limit=6) == [range(1)]  # running speech is longer
+    assert join([], [], limit=6) == []

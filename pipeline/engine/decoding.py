@@ -24,7 +24,7 @@ from pipeline.engine.language import Heard, follow
 from pipeline.engine.timing import CLOSING, OPENING, Draft, WordTiming, frames, last_word_end, place_words
 from pipeline.engine.tokens import Tokenizer
 from pipeline.errors import NonFiniteError
-from pipeline.flags import MISMATCH, REDECODED, are_kin
+from pipeline.flags import MISMATCH, REDECODED, SURELY_HEARD, are_kin
 from pipeline.types import SAMPLE_RATE, DecodeOptions, Hypothesis, Pcm, Segment
 
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -34,7 +34,6 @@ MAX_INITIAL_TIMESTAMP = 50  # tokens: the first timestamp is at most 1.0 s
 TEXT_CONTEXT = 448  # decoder positions; half of them hold history, half are sampled
 MAX_CHARACTERS_PER_S = 25  # more than a fast speaker says
 CUT_MARGIN_S = 0.5  # text that ends nearer to a cut in running speech may be cut, or made up, itself
-SURELY_HEARD = 0.9  # probability of another language from which what the model was told is doubted
 PROMPT_CONTEXT = TEXT_CONTEXT // 2 - 1  # tokens of history that fit: 223
 RESET_TEMPERATURE = 0.5  # above it a window's text is not fed to the next
 
@@ -134,11 +133,11 @@ class DetectLanguage:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Opening:
-    """A span's first window, which was heard before, and the language that it was found to be in."""
+    """The language that a span's first window was found to be in, and that window, if just it was listened to."""
 
-    window: Window
     language: str
     probability: float
+    window: Window | None = None
 
 
 Request = Decode | Align | DetectLanguage
@@ -172,7 +171,7 @@ def walk(
 
     A language that the options leave open is detected on `voice`, or without one on the span's first 30 s, as the
     reference does; or on every window, where the options say so, by the rule of `pipeline.engine.language`: then
-    `opening` is what the Unit's other windows made of the first one. `first` says that the span opens its recording:
+    `opening` is what the Unit's other spans made of the first one. `first` says that the span opens its recording:
     `initial_prompt` belongs there.
 
     In `windows` a window that ends in the middle of its span was cut in running speech. Only what it surely finished
@@ -188,11 +187,12 @@ def walk(
         length = chunk
         while seek < stop:
             window = Window(span, seek, min(length, stop - seek))
-            if opening is not None and (seek, window.n_frames) == (opening.window.seek, opening.window.n_frames):
-                window = opening.window  # it is encoded
+            told = opening if state.n_windows == 0 else None
+            if told is not None and told.window is not None and told.window.n_frames == window.n_frames:
+                window = told.window  # it is encoded
             running_on = options.algorithm == "windows" and seek + window.n_frames < stop
             if each_window and tokenizer.multilingual:
-                yield from _follow_language(window, opening, tokenizer, state)
+                yield from _follow_language(window, told, tokenizer, state)
             elif state.language is None:
                 state.language, state.language_probability = yield DetectLanguage(voice or _opening(window))
             decoded, temperature = yield from _decode_with_fallback(window, history.prompt(), options, tokenizer, state)
@@ -232,11 +232,11 @@ def walk(
 
 
 def _follow_language(
-    window: Window, opening: Opening | None, tokenizer: Tokenizer, state: _State
+    window: Window, told: Opening | None, tokenizer: Tokenizer, state: _State
 ) -> Generator[Request, Any, None]:
-    """The language of a window for itself: the opening's is settled, a later one's follows the one before."""
-    if opening is not None and window is opening.window:
-        state.language, state.language_probability = opening.language, opening.probability
+    """The language of a window for itself: what was `told` is settled, else it follows the one before."""
+    if told is not None:
+        state.language, state.language_probability = told.language, told.probability
         return
     heard = yield from hear(window)
     codes = list(tokenizer.languages)

@@ -1,21 +1,24 @@
-"""`language: window`: which language each window is in, where the windows beside it have their say. Pure.
+"""`language: window`: which language each window is in, where what is beside it has its say. Pure.
 
-    heard: en   .98   .97   .40   .99  |  .01   .02
-           de   .01   .02   .55   .00  |  .98   .97
-    found       en    en    en    en   |  de    de
+    phrases    ▆▆▆_ ▆▆▆▆▆_ ▆▆▆_ ▆▆▆▆_ ▆▆▆▆▆▆_ ▆▆▆
+    heard: en  .98   .97   .40   .99   .01    .02
+           de  .01   .02   .55   .00   .98    .97
+    found      en    en    en    en    de     de
+    windows    |       a        |  b  |      c       |
 
-A window heard alone may be taken for another language: a name, a cough, two words. So one change of language costs as
-much as a window that is `CHANGE` times less likely: of all ways to go through a Unit's windows the likeliest is taken,
-which is the product of what was heard and 1 / CHANGE for each change. In other words:
+A Unit's phrases (what lies between pauses of half a second) are heard each for itself, then joined to windows in one
+language. A phrase heard alone may be taken for another language: a name, a cough, two words. So one change of language
+costs as much as a phrase that is `CHANGE` times less likely: of all ways to go through a Unit's phrases the likeliest
+is taken, which is the product of what was heard and 1 / CHANGE for each change. In other words:
 
-- a window for itself, between two of another language, must be heard CHANGE squared (4) times as likely as theirs,
+- a phrase for itself, between two of another language, must be heard CHANGE squared (4) times as likely as theirs,
   0.8 against 0.2; a doubtful one keeps its neighbours' language, be they before it or after it;
 - where the language changes for good, what was heard on both sides decides where.
 
 Its grain is the Unit: nothing is carried over a Unit's border, for Units are decoded in any order and on any machine.
-Within a Unit the first window of each span takes part. A further window of the same span (running speech without a
-pause, or `sequential`, where the Unit is one span) knows only what was before it: it changes the language where
-another is heard more than CHANGE times as likely. A window heard without neighbours is what it is heard as.
+A further window of the same span (running speech without a pause, a tail that is decoded again, or `sequential`, where
+the Unit is one span) knows only what was before it: it changes the language where another is heard more than CHANGE
+times as likely. One that is heard without neighbours is what it is heard as. Listening costs an encoder pass a phrase.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ Heard = NDArray[np.float64]  # [..., languages], probabilities
 
 
 def settle(heard: Heard) -> list[int]:
-    """The language of each window, [n, languages] → n indices. Among equally likely ways the one that changes least,
+    """The language of each phrase, [n, languages] → n indices. Among equally likely ways the one that changes least,
     then the one of the language that comes first."""
     scores = np.log(np.maximum(heard, _LEAST))
     cost = np.log(CHANGE)

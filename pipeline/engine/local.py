@@ -36,8 +36,8 @@ from pipeline.engine.tokens import Tokenizer, check_options
 from pipeline.errors import ConfigError, EngineError, ModelError, MurmurError, failure_of
 from pipeline.machine import has_bfloat16
 from pipeline.stitch import failed_unit, place, stitch_unit
-from pipeline.types import DecodeOptions, Hypothesis, Pcm, Unit, UnitResult
-from pipeline.windows import language_slice, plan
+from pipeline.types import SAMPLE_RATE, DecodeOptions, Hypothesis, Pcm, Plan, Range, Unit, UnitResult
+from pipeline.windows import join, language_slice, plan
 
 log = logging.getLogger(__name__)
 
@@ -227,37 +227,63 @@ class _UnitJob:
         if not self.n_spans:
             self._finish()
             return
-        options, is_whole = self._options, self._options.algorithm == "sequential"
-        pcm, start = self._unit.pcm, self._unit.start
-        spans = [Span(pcm[r.start : r.stop], start + r.start, global_maximum=is_whole) for r in self._plan.spans]
-        if options.language == "window" and self.n_spans > 1 and self._engine._tokenizer.multilingual:
-            self._listen(spans)
+        if self._options.language == "window" and self._options.algorithm == "windows":
+            self._listen()
         else:
-            self._walk(spans, {})
+            self._walk({})
 
-    def _listen(self, spans: Sequence[Span]) -> None:
-        """Hears the language of every span's first window, then walks: its neighbours help to say which it is."""
-        windows = {i: window for i, span in enumerate(spans) if (window := first_window(span, self._options))}
-        answers: dict[int, HeardLanguages] = {}
+    def _spans(self) -> list[Span]:
+        pcm, start, whole = self._unit.pcm, self._unit.start, self._options.algorithm == "sequential"
+        return [Span(pcm[r.start : r.stop], start + r.start, global_maximum=whole) for r in self._plan.spans]
+
+    def _listen(self) -> None:
+        """Hears every phrase, then walks through what belongs together: see `pipeline.engine.language`."""
+        codes = list(self._engine._tokenizer.languages)
+        nothing = np.full(max(1, len(codes)), 1 / max(1, len(codes)))  # is heard where one cannot tell
+        heard = [nothing] * self.n_spans
+        windows: dict[int, Window] = {}
+        if len(codes) and self.n_spans > 1:
+            found = enumerate(first_window(span, self._options) for span in self._spans())
+            windows = {i: window for i, window in found if window is not None}
+        left = set(windows)
 
         def take(i: int, result: HeardLanguages | Exception) -> None:
             if isinstance(result, Exception):
                 _settle(self.future, result)
                 return
-            answers[i] = result
-            if len(answers) == len(windows) and not self.future.done():
-                codes, heard = list(self._engine._tokenizer.languages), np.array([answers[i] for i in windows])
-                found = zip(windows.items(), settle(heard), heard, strict=True)
-                self._walk(spans, {i: Opening(w, codes[k], float(row[k])) for (i, w), k, row in found})
+            heard[i] = result
+            left.remove(i)
+            if not left and not self.future.done():
+                self._join(np.array(heard), windows)
+                windows.clear()  # the tasks know this function
 
-        for i, window in windows.items():
+        for i, window in tuple(windows.items()):
             self._start(hear(window), partial(take, i))
         if not windows:
-            self._walk(spans, {})
+            self._joined([0] * self.n_spans)  # a model of one language, or nothing to join
+            self._walk({})
 
-    def _walk(self, spans: Sequence[Span], openings: Mapping[int, Opening]) -> None:
+    def _join(self, heard: HeardLanguages, windows: Mapping[int, Window]) -> None:
+        """Walks through the phrases, neighbours in one language together."""
+        codes, languages = list(self._engine._tokenizer.languages), settle(heard)
+        openings = {}
+        for i, group in enumerate(self._joined(languages)):
+            k = languages[group[0]]
+            window = windows.get(group[0]) if len(group) == 1 else None
+            openings[i] = Opening(codes[k], float(heard[group, k].mean()), window)
+        self._walk(openings)
+
+    def _joined(self, languages: Sequence[int]) -> list[range]:
+        """Makes the plan's phrases into spans; returns which phrases are in each."""
+        spans = self._plan.spans
+        groups = join(spans, languages, self._options.chunk_length_s * SAMPLE_RATE)
+        joined = tuple(Range(spans[group[0]].start, spans[group[-1]].stop) for group in groups)
+        self._plan, self.n_spans = Plan(joined, self._plan.skipped), len(joined)
+        return groups
+
+    def _walk(self, openings: Mapping[int, Opening]) -> None:
         unit, voice = self._unit, self._voice()
-        for i, span in enumerate(spans):
+        for i, span in enumerate(self._spans()):
             is_first = unit.index == 0 and i == 0
             steps = walk(span, self._options, self._engine._tokenizer, voice, is_first, openings.get(i))
             self._start(steps, partial(self._take, i))
