@@ -462,7 +462,8 @@ def _parsed(arguments: Sequence[str]) -> Command:
         raise UsageError("murmur submit transcribe needs --output: nobody would read what it prints")
     file = given.get("config_file")
     load_config(file, {"model": given.get("model")}, given.get("sets") or ())
-    return Command(tuple(arguments), tuple(given.get("inputs") or ()), given["output"], file)
+    inputs = [*(given.get("inputs") or ()), *(given[key] for key in ("reference", "against") if given.get(key))]
+    return Command(tuple(arguments), tuple(inputs), given["output"], file)
 
 
 def _follow(job: Job, err: bool) -> int:

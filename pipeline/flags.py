@@ -88,8 +88,9 @@ FLAGS = (
         MISMATCH,
         "segment",
         "the model, told the language or having found it elsewhere in the recording, hears another one in its window"
-        f" with {SURELY_HEARD} or more; of a recording also: the text, where it has {LETTERS} letters or more, is in the language of its segments with a probability below {UNLIKELY}, by the"
-        " letters alone (so is all that `task: translate` did translate)",
+        f" with {SURELY_HEARD} or more; of a recording also: the text, where it has {LETTERS} letters or more, is in"
+        f" the language of its segments with a probability below {UNLIKELY}, by the letters alone"
+        " (so is all that `task: translate` did translate)",
     ),
     Flag(UNCOVERED, "recording", "somebody speaks for 1 s or more, or in a whole span, and no segment covers it"),
     Flag(TRUNCATED, "recording", "the file is damaged; what could be read before that is transcribed"),
@@ -171,6 +172,11 @@ def is_other_language(text: str, language: str) -> bool:
     if language not in likely:
         return False
     return sum(p for one, p in likely.items() if are_kin(one, language)) < UNLIKELY
+
+
+def get_ready() -> None:
+    """Load now what the first text's language would wait a second for."""
+    _identifier()
 
 
 def are_kin(one: str, other: str) -> bool:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pipeline import channels, logs
+from pipeline import channels, flags, logs
 from pipeline.config import Config
 from pipeline.engine import Engine, EngineInfo, EngineLoad, Heard
 from pipeline.errors import EngineError, TooLongError
@@ -143,6 +143,7 @@ class Readers:
     def __init__(self, threads: int) -> None:
         self._pool = ThreadPoolExecutor(threads, "reader")
         self._open = asyncio.Semaphore(OPEN_DECODERS)
+        flags.get_ready()  # or the first answer would hold up the loop for it
 
     @asynccontextmanager
     async def units(self, job: Job) -> AsyncIterator[AsyncIterator[Unit | UnitResult]]:

@@ -135,6 +135,8 @@ def test_every_command_that_may_be_submitted_has_an_output() -> None:
     for name in cli.SUBMITTED:
         arguments = [name, "s3://b/in", *(["--output", "s3://b/out"] if name == "transcribe" else [])]
         assert cli._parsed(arguments).output in ("s3://b/out", "s3://b/in")
+    evaluate = cli._parsed(["evaluate", "s3://b/out", "--reference", "r.jsonl", "--against", "other"])
+    assert evaluate.inputs == ("r.jsonl", "other")  # a path that only this machine has is refused like an input
 
 
 # ---- with one
