@@ -25,8 +25,9 @@ from pipeline.bench.rounds import quotient
 from pipeline.bench.seats import Seat, Sitting, synthetic_windows
 from pipeline.bench.table import show_engine
 from pipeline.engine.contestants import CONTESTANTS, Ours, Setting, Spec, write_models
+from pipeline.engine.floors import encoder_flop
 from pipeline.engine.model import Dims
-from pipeline.engine.probe import STAGES, Clocks, encoder_flop
+from pipeline.engine.probe import STAGES, Clocks
 from pipeline.engine.random_checkpoint import Shape, write_random_checkpoint
 from pipeline.errors import EXIT_OK, EXIT_USAGE, EngineError, UsageError
 from pipeline.types import SAMPLE_RATE

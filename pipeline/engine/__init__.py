@@ -9,11 +9,26 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
-from pipeline.config import Config, Fault
 from pipeline.errors import ConfigError
 from pipeline.types import DecodeOptions, Hypothesis, Pcm, Recording, Segment, Unit, UnitResult
+
+if TYPE_CHECKING:  # it needs pydantic, which the engine itself does not
+    from pipeline.config import Config, Fault
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """How an engine uses its device: no result depends on it beyond what half precision rounds. None: as suits the
+    kind of device."""
+
+    static: bool | None = None  # steps over fixed buffers that ask the host nothing (`pipelined.py`); None: on a GPU
+    graphs: bool = True  # such steps captured as CUDA graphs; on a CPU they never are
+    streams: bool = False  # the encoder beside the decoder, in a stream of its own
+    window_batch: int | None = None  # windows encoded together
+    refill: int | None = None  # free lanes that are worth a prefill while others wait for it
+    lag: int = 1  # steps that are begun before it is asked what ended in an earlier one
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +43,7 @@ class EngineConfig:
     threads: int | None = None  # CPU threads; None: torch's own choice
     fake_faults: tuple[Fault, ...] | None = None  # None: a real engine; a tuple: the fake one with these faults
     fake_state: str | None = None  # fsspec folder where a fault's `times` are counted; None: in this process
+    tuning: Tuning = Tuning()
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.engine.features import FRAMES_PER_SECOND, HOP, N_FRAMES, LogMel
+from pipeline.engine.features import FRAMES_PER_SECOND, HOP, N_FRAMES, Cut, LogMel
 from pipeline.engine.language import Heard, follow
 from pipeline.engine.timing import CLOSING, OPENING, Draft, WordTiming, frames, last_word_end, place_words
 from pipeline.engine.tokens import Tokenizer
@@ -69,9 +69,13 @@ class Window:
     n_frames: int
     hidden: Tensor | None = None  # [n_audio_ctx, d], once the scheduler has encoded it
     key: bytes | None = None  # names its audio: a language detected on it is remembered under this
+    ready: Any = None  # what another stream waits for before it reads `hidden`, see `device.Device.use`
 
     def mel(self, features: LogMel) -> Tensor:
         return features.window(self.span.pcm, self.seek, self.n_frames, self.span.maximum(features))
+
+    def cut(self, features: LogMel) -> Cut:
+        return Cut(self.span.pcm, self.seek, self.n_frames, self.span.maximum(features))
 
     @property
     def start_s(self) -> float:
@@ -645,6 +649,7 @@ class Sampler:
         self._temperature = zeros(torch.float32)
         self._seed = zeros(torch.int64)
         self._no_timestamps = tokenizer.no_timestamps
+        self._nothing = torch.full((), float("-inf"), device=device)
         self._progress = (
             self.last, self.tokens, self.count, self.sum_logprob, self.ended, self._before_last, self._last_time,
         )  # fmt: skip
@@ -705,12 +710,60 @@ class Sampler:
 
     def record(self, chosen: Tensor, rows: slice | Tensor) -> None:
         """Tokens [n] are the next ones of lanes `rows`."""
-        self.tokens[self._lanes(rows), self.count[rows]] = chosen
+        places = self.count[rows].clamp(max=TEXT_CONTEXT - 1)  # an idle lane computes along without end
+        self.tokens[self._lanes(rows), places] = chosen
         self._before_last[rows] = self.last[rows]
         self.last[rows] = chosen
         self._last_time[rows] = torch.where(chosen >= self._begin, chosen, self._last_time[rows])
         self.count[rows] += 1
         self.ended[rows] = (chosen == self._eot) | (self.count[rows] >= self._most[rows])
+
+    # -- the same without a word to the host: see `pipelined.py` --------------------------------------------
+
+    def fresh(self, lanes: Tensor, most: Tensor, temperature: Tensor, seeds: Tensor, suppress: Tensor) -> None:
+        """Lanes [n] begin: their most tokens, temperatures and seeds [n], and what is added to their logits [n, vocab]
+        (`suppression`)."""
+        for state in self._progress:
+            state.index_fill_(0, lanes, 0)
+        for setting, values in zip(self._settings, (most, suppress, temperature, seeds), strict=True):
+            setting.index_copy_(0, lanes, values)
+
+    def suppression(self, tokens: Sequence[int]) -> Tensor:
+        """What is added to the logits of a lane that may not sample `tokens`, [vocab]: 0 or -inf."""
+        row = torch.zeros_like(self._suppress[0])
+        row[[*tokens, self._no_timestamps]] = float("-inf")
+        return row
+
+    @torch.inference_mode()
+    def advance(self, logits: Tensor, rows: slice | Tensor, any_hot: bool) -> None:
+        """As `sample`, but rows that have ended stay as they are, and which rows are hot is seen on the device.
+
+        Only that none is, which spares the noise, must be known before.
+        """
+        logits += self._suppress[rows]
+        likely = self._masked(logits.clone(), rows) if any_hot else None
+        chosen, logprob = self._greedy_as_the_reference(logits, rows) if self._exact else self._greedy(logits, rows)
+        if likely is not None:
+            temperature = self._temperature[rows]
+            is_hot = temperature > 0
+            divisor = temperature + (~is_hot).float()
+            drawn = (likely / divisor[:, None] + self._gumbel(self._lanes(rows), likely.shape[1])).argmax(-1)
+            chosen = torch.where(is_hot, drawn, chosen)
+            logprob = torch.where(is_hot, _log_probability(likely, drawn), logprob)
+        self._record_live(chosen, logprob, rows)
+
+    def _record_live(self, chosen: Tensor, logprob: Tensor, rows: slice | Tensor) -> None:
+        lanes, live, count = self._lanes(rows), ~self.ended[rows], self.count[rows]
+        places = count.clamp(max=TEXT_CONTEXT - 1)
+        last, last_time, total = self.last[rows], self._last_time[rows], self.sum_logprob[rows]
+        self.tokens[lanes, places] = torch.where(live, chosen, self.tokens[lanes, places])
+        self._before_last[rows] = torch.where(live, last, self._before_last[rows])
+        self.last[rows] = torch.where(live, chosen, last)
+        self._last_time[rows] = torch.where(live & (chosen >= self._begin), chosen, last_time)
+        self.sum_logprob[rows] = torch.where(live, total + logprob, total)
+        count = count + live
+        self.count[rows] = count
+        self.ended[rows] = ~live | (chosen == self._eot) | (count >= self._most[rows])
 
     def _lanes(self, rows: slice | Tensor) -> Tensor:
         return rows if isinstance(rows, Tensor) else torch.arange(rows.start, rows.stop, device=self.last.device)
@@ -731,7 +784,7 @@ class Sampler:
         one. The logits are overwritten.
         """
         first, closing, banned_times = self._bans(rows)
-        nothing = logits.new_tensor(float("-inf"))
+        nothing = self._nothing
         special, special_token = logits[:, self._eot : self._begin].max(-1)
         special_sum = logits[:, self._eot : self._begin].logsumexp(-1)
         times = logits[:, self._begin :].masked_fill(banned_times, float("-inf"))
@@ -771,7 +824,7 @@ class Sampler:
         after_time = ~first & (last >= self._begin)
         in_pair = after_time & ((count < 2) | (self._before_last[rows] >= self._begin))  # text must follow
         closing = after_time & ~in_pair  # a time or the end must follow
-        floor = torch.where(last_time == 0, 0, last_time + (~closing).long())
+        floor = (last_time + (~closing).long()) * (last_time != 0)
         too_early = self._times[None, :] < floor[:, None]
         too_late = first[:, None] & (self._times > self._begin + MAX_INITIAL_TIMESTAMP)[None, :]
         return first, closing, too_early | too_late | in_pair[:, None]

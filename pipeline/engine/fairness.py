@@ -6,8 +6,9 @@ tensors; an owner is whatever hashable the caller says belongs together.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from heapq import heapify, heappop, heapreplace
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -43,15 +44,17 @@ class FairQueue(Generic[T]):
 
     def upcoming(self, weight: Callable[[T], int]) -> Iterator[T]:
         """The items in the order in which they would be popped if each then held `weight(item)`."""
-        held = Counter(self._held)
-        lines = OrderedDict((owner, iter(line)) for owner, line in self._lines.items())
+        lines = [
+            (self._held.get(owner, 0), place, iter(line)) for place, (owner, line) in enumerate(self._lines.items())
+        ]
+        heapify(lines)  # by what is held, then by who came first; places differ, so iterators are never compared
         while lines:
-            owner = min(lines, key=lambda o: held[o])
-            item = next(lines[owner], None)
+            held, place, line = lines[0]
+            item = next(line, None)
             if item is None:
-                del lines[owner]
+                heappop(lines)
                 continue
-            held[owner] += weight(item)
+            heapreplace(lines, (held + weight(item), place, line))
             yield item
 
     def remove(self, owner: Hashable, unwanted: Callable[[T], bool]) -> None:

@@ -24,13 +24,15 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from pipeline.engine import EngineConfig, EngineInfo, EngineLoad, Heard, options_for
+from pipeline.engine import EngineConfig, EngineInfo, EngineLoad, Heard, Tuning, options_for
 from pipeline.engine.checkpoint import resolve_model, revision_of
 from pipeline.engine.decoding import Opening, Request, Span, Window, first_window, hear, walk
+from pipeline.engine.device import device_for
 from pipeline.engine.features import HOP, N_SAMPLES, LogMel
 from pipeline.engine.language import Heard as HeardLanguages
 from pipeline.engine.language import settle
 from pipeline.engine.model import WhisperModel
+from pipeline.engine.pipelined import PipelinedScheduler
 from pipeline.engine.scheduler import Scheduler, Task
 from pipeline.engine.tokens import Tokenizer, check_options
 from pipeline.errors import ConfigError, EngineError, ModelError, MurmurError, failure_of
@@ -48,11 +50,14 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 class LocalEngine:
     """See `pipeline.engine.Engine`."""
 
-    def __init__(self, model: WhisperModel, tokenizer: Tokenizer, info: EngineInfo) -> None:
+    def __init__(
+        self, model: WhisperModel, tokenizer: Tokenizer, info: EngineInfo, tuning: Tuning | None = None
+    ) -> None:
         self.info = info
         self._tokenizer = tokenizer
         features = LogMel(model.dims.n_mels, model.device)
-        self._scheduler = Scheduler(model, tokenizer, features, info.lanes)
+        self._device = model.device
+        self._scheduler = _scheduler(model, tokenizer, features, info.lanes, tuning)
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._closed = False
         self._door = threading.Lock()  # nothing is posted behind the end
@@ -82,7 +87,7 @@ class LocalEngine:
             lane_bytes=model.lane_bytes(),
             languages=tuple(tokenizer.languages),
         )
-        return cls(model, tokenizer, info)
+        return cls(model, tokenizer, info, config.tuning)
 
     # -- faces -----------------------------------------------------------------------------------------------
 
@@ -175,6 +180,8 @@ class LocalEngine:
     def _dispatch(self) -> None:
         """Owns the device: takes in what came, then one step for all, until closed."""
         torch.set_num_threads(self._threads)  # OpenMP keeps the number for each thread
+        if self._device.type == "cuda" and self._device.index is not None:
+            torch.cuda.set_device(self._device)  # CUDA keeps the present device for each thread
         while True:
             while self._scheduler.idle or not self._inbox.empty():
                 work = self._inbox.get()
@@ -367,6 +374,16 @@ def _settle(future: Future[Any], result: Any) -> None:
             error = EngineError(f"{type(result).__name__}: {result}")
             error.__cause__ = result
             future.set_exception(error)
+
+
+def _scheduler(
+    model: WhisperModel, tokenizer: Tokenizer, features: LogMel, lanes: int, tuning: Tuning | None
+) -> Scheduler:
+    tuning = tuning or Tuning()
+    if not (model.device.type == "cuda" if tuning.static is None else tuning.static):
+        return Scheduler(model, tokenizer, features, lanes)
+    device = device_for(model.device, tuning.graphs, tuning.streams)
+    return PipelinedScheduler(model, tokenizer, features, lanes, tuning, device)
 
 
 def half_of(device: str) -> str | None:

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from pipeline.engine.contestants import Ours
 from pipeline.engine.decoding import Sampler
 from pipeline.engine.features import LogMel
+from pipeline.engine.floors import encoder_flop
 from pipeline.engine.local import LocalEngine
-from pipeline.engine.model import Dims, WhisperModel
+from pipeline.engine.model import WhisperModel
 from pipeline.engine.scheduler import Scheduler
 from pipeline.types import VAD_FRAME, DecodeOptions, Pcm, Recording, Unit, UnitResult
 
@@ -172,13 +173,6 @@ class Probe:
             "weights_bytes": sum(tensor.nbytes for tensor in _tensors(vars(self._model))),
             "encoder_flop": encoder_flop(self._model.dims),
         }
-
-
-def encoder_flop(dims: Dims) -> int:
-    t, d = dims.n_audio_ctx, dims.n_state
-    convolutions = 3 * d * dims.n_mels * 2 * t + 3 * d * d * t
-    layer = t * (4 * d * d + 2 * d * dims.n_audio_mlp) + 2 * t * t * d
-    return 2 * (convolutions + dims.n_audio_layer * layer)
 
 
 def machine_peaks(device: str) -> dict[str, float]:

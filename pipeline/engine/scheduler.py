@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Generator, Hashable
+from collections.abc import Callable, Generator, Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -80,6 +80,7 @@ class _Candidate:
     lanes: list[int] = field(default_factory=list)
     beam: Beam | None = None
     length: int = 0  # tokens in the lanes: prompt and what was sampled
+    is_ending: bool = False  # it has ended, and its text is on its way to the host
 
     @property
     def n_lanes(self) -> int:
@@ -99,6 +100,7 @@ class Scheduler:
         self._codes = list(tokenizer.languages)
         self._language_ids = torch.tensor([*tokenizer.languages.values()], dtype=torch.int64, device=model.device)
         self._window_batch = WINDOW_BATCH
+        self._ahead = 0  # windows encoded before a lane is free for them
         self._n_brief = 0  # of the tasks
         self._gave_way, self._gave_way_s = False, 0.0  # in the last turn; how long, less what it was let off
         self._turn_s, self._began = 0.0, time.monotonic()  # how long the last turn took, when this one began
@@ -234,7 +236,7 @@ class Scheduler:
             candidate.beam = None
             self._decodes.push_front(candidate.ask.task.whose, candidate)
         had, self._window_batch = self.n_lanes, max(1, self._window_batch // 2)
-        del self._caches, self._sampler, self._positions
+        self._release()
         lanes = max(1, had // 2)
         while not self._try_to_allocate(lanes):
             if lanes == 1:
@@ -242,6 +244,9 @@ class Scheduler:
             lanes //= 2
         log.warning("engine: out of memory; going on with %d lanes instead of %d", lanes, had)
         return True
+
+    def _release(self) -> None:
+        del self._caches, self._sampler, self._positions
 
     def _try_to_allocate(self, lanes: int) -> bool:
         if self._model.device.type == "cuda":
@@ -261,9 +266,9 @@ class Scheduler:
         free = self._lanes.count(None)
         asks = list(self._detects)
         candidates = self._decodes.upcoming(lambda candidate: candidate.n_lanes)
-        asks += [candidate.ask for candidate in islice(candidates, free + self._window_batch)]
+        asks += [candidate.ask for candidate in islice(candidates, free + self._ahead + self._window_batch)]
         line = {ask.request.window: ask for ask in asks if ask.request.window.hidden is None}
-        if not any(ask.request.window in line for ask in asks[: len(self._detects) + free]):
+        if not any(ask.request.window in line for ask in asks[: len(self._detects) + free + self._ahead]):
             return
         batch = list(line)
         if not self._n_brief:
@@ -272,11 +277,17 @@ class Scheduler:
             batch = [window for window, ask in line.items() if ask.task.brief]
         if not batch:
             return
-        batch = batch[: self._window_batch]
-        mel = torch.stack([window.mel(self._features) for window in batch])
-        for window, hidden in zip(batch, self._model.encode(mel), strict=True):
-            window.hidden = hidden
+        self._encode(batch[: self._window_batch])
         self._progress = time.monotonic()
+
+    def _encode(self, windows: list[Window]) -> None:
+        mel = torch.stack([window.mel(self._features) for window in windows])
+        for window, hidden in zip(windows, self._model.encode(mel), strict=True):
+            window.hidden = hidden
+
+    def _hidden(self, windows: Sequence[Window]) -> Tensor:
+        """The windows' hidden states as one batch [b, n_audio_ctx, d]."""
+        return torch.stack([window.hidden for window in windows if window.hidden is not None])
 
     def _gives_way(self) -> bool:
         """Whether the encoder does nothing this turn for others than brief tasks: on a CPU four windows take as long as
@@ -294,24 +305,34 @@ class Scheduler:
         windows = list(islice(dict.fromkeys(encoded), self._window_batch))  # all spans of a Unit ask about one
         if not windows:
             return
-        logits = self._model.first_logits(_stack(windows), self._tokenizer.sot)
-        rows = logits[:, self._language_ids].softmax(-1).double().cpu().numpy()
-        every = dict(zip(windows, rows, strict=True))
-        answers = {w: heard for w, heard in zip(windows, self._heard(logits), strict=True) if heard is not None}
-        ready = [ask for ask in self._detects if ask.request.window in answers]
-        self._detects = deque(ask for ask in self._detects if ask.request.window not in answers)
+        ready = [ask for ask in self._detects if ask.request.window in windows]
+        self._tell_languages(windows, ready, self._listened(windows))
+
+    def _listened(self, windows: list[Window]) -> Tensor:
+        """`_spoken` of windows that are in no lane yet."""
+        return self._spoken(self._model.first_logits(self._hidden(windows), self._tokenizer.sot))
+
+    def _spoken(self, logits: Tensor) -> Tensor:
+        """How likely each of the tokenizer's languages is, among languages alone: [b, languages], from logits [b, vocab]
+        at start-of-transcript."""
+        return logits[:, self._language_ids].softmax(-1)
+
+    def _likeliest(self, spoken: Tensor) -> list[tuple[str, float] | None]:
+        """Of each row of `_spoken`; None for a model of one language."""
+        if not len(self._codes):
+            return [None] * len(spoken)
+        best = spoken.max(-1)
+        return [(self._codes[i], value) for i, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+
+    def _tell_languages(self, windows: list[Window], asks: list[_Ask], spoken: Tensor) -> None:
+        every = dict(zip(windows, spoken.double().cpu().numpy(), strict=True))
+        answers = {w: heard for w, heard in zip(windows, self._likeliest(spoken), strict=True) if heard is not None}
+        self._detects = deque(ask for ask in self._detects if ask not in asks)
         for window, answer in answers.items():
             self._remember_language(window, answer)
-        for ask in ready:
+        for ask in asks:
             wants_every = isinstance(ask.request, DetectLanguage) and ask.request.every
             self._advance(ask.task, (every if wants_every else answers)[ask.request.window])
-
-    def _heard(self, logits: Tensor) -> list[tuple[str, float] | None]:
-        """The likeliest language of each row of logits [b, vocab] at start-of-transcript, among languages alone."""
-        if not len(self._language_ids):
-            return [None] * len(logits)
-        best = logits[:, self._language_ids].softmax(-1).max(-1)
-        return [(self._codes[i], value) for i, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 
     def _remember_language(self, window: Window, answer: tuple[str, float]) -> None:
         if window.key is not None:
@@ -363,7 +384,9 @@ class Scheduler:
         firsts = [candidate.lanes[0] for candidate in candidates]
         logits = self._prefill(firsts, [candidate.decode for candidate in candidates])  # [b, 2, vocab]
         silence = logits[:, 0].softmax(-1)[:, self._tokenizer.no_speech].tolist()
-        for candidate, probability, heard in zip(candidates, silence, self._heard(logits[:, 0]), strict=True):
+        for candidate, probability, heard in zip(
+            candidates, silence, self._likeliest(self._spoken(logits[:, 0])), strict=True
+        ):
             candidate.no_speech_prob, candidate.heard = probability, heard
             candidate.length = len(candidate.decode.prompt)
             first, *others = candidate.lanes
@@ -390,7 +413,7 @@ class Scheduler:
         wanted = torch.tensor([[decode.sot_index, len(decode.prompt) - 1] for decode in decodes])
         device = self._model.device
         self._positions[rows] = wanted[:, 1].to(device)
-        hidden = _stack([decode.window for decode in decodes])
+        hidden = self._hidden([decode.window for decode in decodes])
         return self._model.prefill(self._caches, rows, hidden, tokens.to(device), wanted.to(device))
 
     def _decode_token(self) -> None:
@@ -455,7 +478,12 @@ class Scheduler:
 
         The task's next wish is in line when this returns.
         """
-        found = candidate.beam.answers() if candidate.beam else [self._sampler.found(candidate.lanes[0])]
+        self._hand_in(candidate, candidate.beam.answers() if candidate.beam else [self._found(candidate)])
+
+    def _found(self, candidate: _Candidate) -> tuple[list[int], float]:
+        return self._sampler.found(candidate.lanes[0])
+
+    def _hand_in(self, candidate: _Candidate, found: list[tuple[list[int], float]]) -> None:
         ask = candidate.ask
         ask.answers += [Decoded(tokens, total, candidate.no_speech_prob, candidate.heard) for tokens, total in found]
         if candidate.beam is not None or len(ask.answers) == len(candidate.decode.seeds):
@@ -502,7 +530,7 @@ class Scheduler:
         tokenizer = self._tokenizer
         for ask, lane in asks:
             if ask.heard is None:
-                self._model.listen(self._caches, lane, _stack([ask.request.window])[0])
+                self._model.listen(self._caches, lane, self._hidden([ask.request.window])[0])
         aligns = [ask.request for ask, _ in asks if isinstance(ask.request, Align)]
         sots = [tokenizer.sot_sequence(align.language, align.task) for align in aligns]
         rows = [
@@ -529,11 +557,6 @@ class Scheduler:
         tokens = self._index([token for align in aligns for token in align.text_tokens])
         likely = self._model.likelihood(asked, tokens, self._tokenizer.eot)
         return np.split(likely.double().cpu().numpy(), np.cumsum(lengths)[:-1])
-
-
-def _stack(windows: list[Window]) -> Tensor:
-    """The windows' hidden states as one batch [b, n_audio_ctx, d]."""
-    return torch.stack([window.hidden for window in windows if window.hidden is not None])
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
