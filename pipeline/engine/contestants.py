@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.engine import EngineConfig, load_engine
+from pipeline.engine import EngineConfig, Tuning, load_engine
 from pipeline.engine.checkpoint import read_json
 from pipeline.engine.tokens import Tokenizer
 from pipeline.types import SAMPLE_RATE, DecodeOptions, Pcm
@@ -55,6 +55,7 @@ class Spec:
     device: str = "cpu"
     threads: int = 1
     lanes: int | None = None
+    tuning: Tuning = field(default_factory=Tuning)  # of ours
 
 
 @dataclass(slots=True)
@@ -114,7 +115,7 @@ class Ours(Contestant):
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
-        config = EngineConfig(spec.folder, None, spec.device, spec.dtype, spec.lanes, spec.threads)
+        config = EngineConfig(spec.folder, None, spec.device, spec.dtype, spec.lanes, spec.threads, tuning=spec.tuning)
         self.engine = load_engine(config)
         self.dtype = self.engine.info.dtype
 

@@ -10,6 +10,7 @@ Plain arithmetic, no tensors: it knows a model's shape and a device's two rates.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -79,8 +80,8 @@ def encoder_flop(dims: Dims) -> int:
 
 
 def mel(dims: Dims, windows: int) -> Cost:
-    """PCM in, float32 log-mel out; the arithmetic (a DFT of 400 and the filters) counted as one product each."""
-    flop = 2 * _FRAMES * (400 * 2 * 201 + 201 * dims.n_mels)
+    """PCM in, float32 log-mel out: an FFT of 400 real samples a frame and the filters."""
+    flop = _FRAMES * (2.5 * 400 * math.log2(400) + 2 * 201 * dims.n_mels)
     return Cost(windows * flop, windows * (_SAMPLE_BYTES + 4 * _FRAMES * dims.n_mels))
 
 

@@ -23,6 +23,7 @@ from pipeline.engine.features import LogMel
 from pipeline.engine.floors import encoder_flop
 from pipeline.engine.local import LocalEngine
 from pipeline.engine.model import WhisperModel
+from pipeline.engine.pipelined import Encoder, Steps
 from pipeline.engine.scheduler import Scheduler
 from pipeline.types import VAD_FRAME, DecodeOptions, Pcm, Recording, Unit, UnitResult
 
@@ -31,11 +32,11 @@ Spent = NDArray[np.float64]
 
 # Stage → the methods that are it. What a stage's method calls of another stage is that other one's time.
 STAGES: dict[str, tuple[tuple[type, str], ...]] = {
-    "mel": ((LogMel, "window"), (LogMel, "maximum_of")),
-    "encoder": ((WhisperModel, "encode"),),
+    "mel": ((LogMel, "window"), (LogMel, "windows"), (LogMel, "maximum_of")),
+    "encoder": ((WhisperModel, "encode"), (Encoder, "__call__")),
     "prefill": ((WhisperModel, "prefill"),),
-    "step": ((WhisperModel, "step"),),
-    "rules": ((Sampler, "sample"), (Sampler, "admit")),
+    "step": ((WhisperModel, "step"), (Steps, "take")),  # captured: with the rules, which are in it
+    "rules": ((Sampler, "sample"), (Sampler, "admit"), (Sampler, "advance"), (Sampler, "fresh")),
     "words": ((Scheduler, "_align"),),
 }
 
@@ -195,6 +196,11 @@ def _product(dtype: torch.dtype, device: torch.device) -> Spent:
     return _least(lambda: torch.nn.functional.linear(a, b), device)
 
 
+def least_s(work: Callable[[], Any], device: torch.device, budget_s: float = 1.0) -> float:
+    """Wall seconds of the fastest call."""
+    return float(_least(work, device, budget_s)[0])
+
+
 def _least(work: Callable[[], Any], device: torch.device, budget_s: float = 1.0) -> Spent:
     """The least wall and the least processor time of the calls that fit into the budget, the first one not counted."""
     wait = waiting_for(device)
@@ -222,7 +228,12 @@ def _seconds(spent: Mapping[str, Spent]) -> dict[str, dict[str, float]]:
 
 def waiting_for(device: torch.device) -> Callable[[], None]:
     """What must be called before a clock is read: on a CUDA device work goes on after the call."""
-    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    return _wait_for_cuda if device.type == "cuda" else lambda: None
+
+
+def _wait_for_cuda() -> None:
+    if not torch.cuda.is_current_stream_capturing():  # nothing runs then, and to wait would break the capture
+        torch.cuda.synchronize()
 
 
 def _tensors(value: Any, seen: set[int] | None = None) -> Iterator[torch.Tensor]:
