@@ -1,4 +1,4 @@
-"""What runs on a machine with a GPU, as far as it goes without one: the benchmark's script in small, the tests' skip."""
+"""What runs on a machine with a GPU, as far as it goes without one: the benchmark's script, the tests' skip."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ABSENT = (
 def test_the_script_imports_what_a_bare_machine_has() -> None:
     code = (
         f"import sys, runpy; sys.modules.update(dict.fromkeys({ABSENT}));"
-        "runpy.run_path('tests/benchmarks/cuda.py', run_name='imported')"
+        "sys.path.insert(0, '.'); runpy.run_path('tests/benchmarks/cuda.py', run_name='imported')"
     )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, timeout=200)

@@ -38,8 +38,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-if str(ROOT) not in sys.path:  # run as a script where the package is not installed
-    sys.path.insert(0, str(ROOT))
+if __name__ == "__main__":  # the package may not be installed; and `coverage` beside this file is not the library's
+    sys.path[0] = str(ROOT)
 
 import numpy as np
 import torch
@@ -619,11 +619,11 @@ def command_for(args: Args, group: str, *more: str) -> list[str]:
     return command + ["--quick"] * args.quick + (["--clips", args.clips] if args.clips else [])
 
 
-def run(args: Args, out: Path) -> Figures:
-    """All groups; `out` is whole after each of them."""
+def run(args: Args, out: Path, only: Sequence[str] = ()) -> Figures:
+    """All groups, or those that are named; `out` is whole after each of them."""
     until = time.monotonic() + 60 * args.minutes
     figures: Figures = about(args)
-    names = groups(args)
+    names = [name for name in groups(args) if not only or name in only or name.partition(":")[0] in only]
     parts = Path(args.folder) / "parts"
     parts.mkdir(parents=True)
     writing = subprocess.Popen(
@@ -722,6 +722,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="all code in small, no figure worth anything")
     parser.add_argument("--clips", help="what --prepare has written")
     parser.add_argument("--out", type=Path, default=Path("cuda.json"))
+    parser.add_argument("--groups", help="some only: parity, ours, theirs:base, ... with commas between them")
     parser.add_argument("--commit", help="of this code, where there is no git")
     parser.add_argument("--prepare", type=Path, metavar="FILE", help="write the clips and end")
     parser.add_argument("--prepare-minutes", type=float, default=15)
@@ -740,7 +741,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
         with tempfile.TemporaryDirectory(prefix="murmur-cuda-") as folder:
-            figures = run(args_of(given, folder), given.out)
+            figures = run(args_of(given, folder), given.out, given.groups.split(",") if given.groups else ())
         print(json.dumps({"out": str(given.out), "groups": figures["groups"], "ratios": figures["ratios"]}))
 
 
