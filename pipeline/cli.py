@@ -408,6 +408,7 @@ def bench_engine(
     batches: Annotated[str | None, typer.Option(metavar="N,N", help="To try.", show_default="1,4,8,16")] = None,
     parts: Annotated[str | None, typer.Option(metavar="A,B", help="What to measure.", show_default="all")] = None,
     recordings: Annotated[int, typer.Option(help="For sequential: how many at once.")] = 32,
+    processes: Annotated[int, typer.Option(help="Of ours on the device at once, beside one alone.")] = 1,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the figures there too.")] = None,
     as_json: Json = False,
     verbose: Verbose = False,
@@ -425,7 +426,7 @@ def bench_engine(
         given["batches"] = _whole_numbers("--batches", batches)
     plan = Plan(
         size=size, model=model, windows=windows, tokens=tokens, rounds=rounds, lanes=lanes, threads=threads,
-        device=device, recordings=recordings, **given,
+        device=device, recordings=recordings, processes=processes, **given,
     )  # fmt: skip
     figures = measure(plan, say=_say)
     if out is not None:

@@ -94,6 +94,8 @@ def transcribe(left: todo.Todo, round: int, output: Output, config: Config, clus
 
     pools = _pools(config, cluster)
     console.print(f"{number_of(len(left))} to do: {pools.describe()}, in {output.run.keys['dtype']}")
+    if (limit := pools.limit(config.model)) is not None:
+        console.print(limit)
     standing = Standing(output, len(left), round)
     began = time.monotonic()
     showing = progress(standing, console, to_do_s=left.estimate.audio_s, tell=count_ended)

@@ -10,6 +10,7 @@ the CPUs that the engines need, and writing asks for none at all. That is what k
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -20,6 +21,22 @@ from pipeline.errors import ConfigError
 _T = TypeVar("_T", int, float)
 _MAX_ENGINE_CPUS = 8  # one engine gains little from more threads; another engine does
 _WRITE_TASKS = 4
+_GPU_LANES = 256  # what an engine takes at most where memory allows; not measured
+_GPU_BLOCK_MB = 16
+
+# Of one CPU, in times of real time, by the processor time measured on a Xeon (README, "How fast"): the slowest and the
+# fastest of the common forms (mp3 and 16 kHz flac), read and decoded, then looked through for voices.
+_DECODED, _LOOKED_THROUGH = (425.0, 2653.0), 1734.0
+PREPARED_PER_CPU = tuple(1 / (1 / rate + 1 / _LOOKED_THROUGH) for rate in _DECODED)
+
+# What a GPU's engine is taken to transcribe, in times of real time, by what the model's name contains. Derived floor,
+# not measured: a quarter of what `engine.floors` says an H200 could do at most, 256 lanes full, 100 tokens a window in
+# half precision. `tests/benchmarks/cuda.py` measures it; the more special name first.
+DERIVED_GPU_RTFX_NOT_MEASURED = {
+    "tiny": 29_600, "base": 14_600, "small": 4_600, "medium": 1_640,
+    "distil-large": 2_800, "turbo": 2_500, "large": 930,
+}  # fmt: skip
+_UNKNOWN_GPU_RTFX = DERIVED_GPU_RTFX_NOT_MEASURED["base"]  # a model that does not say: as hungry as they come in use
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +71,36 @@ class Pools:
         calls = f"{self.calls_per_engine} calls in flight of {many}"
         return f"{engines} ({calls}), decoding on {self.decode_tasks * self.decode_cpus:g} CPU"
 
+    def limit(self, model: str) -> str | None:
+        """Which side is expected to be the limit, and what the other would need; None: no GPU, and so the engines."""
+        if not self.engine_gpus:
+            return None
+        cpus, gpus_take = self.decode_tasks * self.decode_cpus, self.engines * gpu_rtfx(model)
+        slow, fast = (cpus * rate for rate in PREPARED_PER_CPU)
+        side = "decoding on the CPUs" if fast < gpus_take else "the engines" if slow > gpus_take else "either side"
+        wanted = sorted(math.ceil(gpus_take / rate) for rate in PREPARED_PER_CPU)
+        engines = "1 engine takes" if self.engines == 1 else f"{self.engines} engines take"
+        return (
+            f"the limit: {side}. {cpus:g} CPU prepare {_times(slow)} (mp3) to {_times(fast)} (flac) times real time, "
+            f"{engines} about {_times(gpus_take)} (derived, not measured): "
+            f"as much as {wanted[0]} to {wanted[1]} CPU prepare"
+        )
+
+
+def gpu_rtfx(model: str) -> float:
+    """What one GPU's engine is taken to transcribe in times of real time: see `DERIVED_GPU_RTFX_NOT_MEASURED`."""
+    rates = DERIVED_GPU_RTFX_NOT_MEASURED
+    return next((rate for name, rate in rates.items() if name in model.rpartition("/")[2]), _UNKNOWN_GPU_RTFX)
+
+
+def _times(rate: float) -> str:
+    return f"{float(f'{rate:.2g}'):,.0f}"
+
+
+def _calls(lanes: int, seconds_a_call: float) -> int:
+    """Calls in flight whose 30 s windows fill the lanes twice."""
+    return math.ceil(2 * lanes * 30 / seconds_a_call)
+
 
 def size_pools(nodes: Sequence[Node], config: Config) -> Pools:
     """The pools for a cluster of these nodes. Raises `ConfigError` if a GPU is asked for and there is none."""
@@ -73,8 +120,8 @@ def size_pools(nodes: Sequence[Node], config: Config) -> Pools:
     # A Unit of `sequential` may be two hours, 230 MB: never several in one call.
     batched = bool(engine_gpus) and config.algorithm == "windows"
     # Clips of 30 s are a window each: so many calls must be in flight that their windows fill the lanes twice, 16 on a
-    # CPU and 256 on a GPU. Longer Units wait in the stage, not in the engine (`stages.Door`).
-    calls = 30 if engine_gpus else 32
+    # CPU, where a call is a clip. Longer Units wait in the stage, not in the engine (`stages.Door`).
+    calls = _calls(_GPU_LANES, 32 * _GPU_BLOCK_MB) if engine_gpus else 32
     return Pools(
         engines=engines,
         engine_cpus=engine_cpus,
@@ -84,7 +131,7 @@ def size_pools(nodes: Sequence[Node], config: Config) -> Pools:
         decode_cpus=1.0 if cpus >= 2 else 0.5,
         units_per_call=config.pool.units_per_call or (8 if batched else 1 if engine_gpus else None),
         calls_per_engine=_given(config.pool.calls_per_engine, calls),
-        block_mb=16 if batched else 1,
+        block_mb=_GPU_BLOCK_MB if batched else 1,
     )
 
 

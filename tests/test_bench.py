@@ -92,7 +92,7 @@ def small(checkpoint: Path, **more: Any) -> Plan:
 def figures(checkpoint: Path) -> dict[str, Any]:
     """Of everybody and every part."""
     with in_this_process():
-        return bench_engine(small(checkpoint))
+        return bench_engine(small(checkpoint, processes=2))
 
 
 def test_everybody_gives_as_many_tokens(figures: dict[str, Any]) -> None:
@@ -117,6 +117,14 @@ def test_every_part_has_its_figures(figures: dict[str, Any]) -> None:
     assert set(figures["stages"]["s_per_window"]) == {*STAGES, "host"}
 
 
+def test_the_floors_and_several_processes(figures: dict[str, Any]) -> None:
+    stages = figures["floors"]["stages"]
+    assert set(stages) == {"mel", "encoder", "prefill", "step"}
+    assert all(stage["floor_s"] > 0 and stage["share_of_floor"] > 0 for stage in stages.values())
+    assert figures["processes"]["processes"] == 2
+    assert figures["processes"]["times_one"] > 0
+
+
 def test_refilled_lanes_need_fewer_steps(figures: dict[str, Any]) -> None:
     found = figures["spread"]
     assert found["windows"] == 8 * figures["memory"]["lanes"] == 16
@@ -136,7 +144,16 @@ def test_the_table_fits_a_terminal(figures: dict[str, Any]) -> None:
     text = console.export_text()
     assert "…" not in text
     named = [f"{entry['library']} {entry['dtype']}" for entry in figures["contestants"]]
-    for line in (*named, "stages, ms a window", "refilled lanes", "VAD: ", "machine: ", "sequential, 2 recordings"):
+    for line in (
+        *named,
+        "stages, ms a window",
+        "share of the device",
+        "2 processes at once",
+        "refilled lanes",
+        "VAD: ",
+        "machine: ",
+        "sequential, 2 recordings",
+    ):
         assert line in text
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 
 from pipeline.config import load_config
+from pipeline.engine import floors
+from pipeline.engine.model import Dims
+from pipeline.engine.random_checkpoint import SIZES
 from pipeline.errors import ConfigError
-from pipeline.pools import Node, size_pools
+from pipeline.pools import DERIVED_GPU_RTFX_NOT_MEASURED, Node, gpu_rtfx, size_pools
 
 LAPTOP = [Node(4)]
 CLUSTERS = [
@@ -64,6 +67,33 @@ def test_clips_of_thirty_seconds_fill_the_lanes(nodes: list[Node], lanes: int) -
     pools = size_pools(nodes, load_config(env={}))
     clips_per_call = max(1, 32 * pools.block_mb // 30)
     assert pools.calls_per_engine * clips_per_call >= 1.5 * lanes
+
+
+def test_the_limit_is_told_for_gpus() -> None:
+    """15 CPU beside one GPU: too few for whisper-tiny, enough for the large ones, for base it depends on the files."""
+    pools = size_pools([Node(16, 1)], load_config(env={}))
+    assert size_pools(LAPTOP, load_config(env={})).limit("openai/whisper-base") is None
+    assert str(pools.limit("openai/whisper-base")).startswith("the limit: either side.")
+    assert str(pools.limit("/a/turbo/large-v3")).startswith("the limit: the engines.")
+    assert pools.limit("my-tiny") == (
+        "the limit: decoding on the CPUs. 15 CPU prepare 5,100 (mp3) to 16,000 (flac) times real time, "
+        "1 engine takes about 30,000 (derived, not measured): as much as 29 to 87 CPU prepare"
+    )
+
+
+def test_what_a_gpu_is_taken_to_do_is_derived_from_the_floors() -> None:
+    full = {"large": "large-v3", "turbo": "large-v3-turbo", "distil-large": "distil-large-v3"}
+    for name, rate in DERIVED_GPU_RTFX_NOT_MEASURED.items():
+        shape = SIZES[full.get(name, name)]
+        width, layers = shape.width, (shape.encoder_layers, shape.decoder_layers)
+        dims = Dims(
+            n_mels=shape.n_mels, n_audio_ctx=1500, n_audio_layer=layers[0], n_text_ctx=448, n_text_layer=layers[1],
+            n_state=width, n_audio_head=shape.heads, n_text_head=shape.heads, n_vocab=shape.n_vocab,
+            n_audio_mlp=4 * width, n_text_mlp=4 * width,
+        )  # fmt: skip
+        costs = floors.per_window(dims, lanes=256, tokens=100, batch=32, itemsize=2)
+        assert rate == pytest.approx(floors.ceiling_rtfx(costs, floors.DATASHEET["H200"]) / 4, rel=0.02), name
+        assert gpu_rtfx(f"openai/whisper-{name}") == rate
 
 
 def test_settings_win_over_rules() -> None:

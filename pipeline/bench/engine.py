@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -42,7 +42,7 @@ DTYPES: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 LIBRARIES = ("ours", *DTYPES["cpu"])
-PARTS = ("race", "stages", "words", "vad", "spread", "sequential", "peaks")
+PARTS = ("race", "stages", "floors", "words", "vad", "spread", "sequential", "peaks")
 FEW_WINDOWS = 4  # of a runtime that takes them one by one: each takes as long as the next
 NEARLY = 1.15  # a batch that is slower by less in one try may still be the better one
 MOST_TOKENS = 224  # half the text context: what any of them may sample for one window
@@ -65,6 +65,7 @@ class Plan:
     batches: tuple[int, ...] = (1, 4, 8, 16)
     parts: tuple[str, ...] = PARTS
     recordings: int = 32
+    processes: int = 1  # of ours on the one device at once, measured beside one alone
 
     def __post_init__(self) -> None:
         from pipeline.engine.random_checkpoint import SIZES
@@ -82,9 +83,11 @@ class Plan:
             raise UsageError("--contestants: ours must be among them, in at least one --dtype")
         if not 1 <= self.tokens <= MOST_TOKENS:
             raise UsageError(f"--tokens {self.tokens} is not within 1 ... {MOST_TOKENS}")
-        counts = (self.windows, self.rounds, self.recordings, self.lanes or 1, self.threads or 1, *self.batches)
+        most = (self.lanes or 1, self.threads or 1, *self.batches)
+        counts = (self.windows, self.rounds, self.recordings, self.processes, *most)
         if min(counts) < 1 or not self.batches:
-            raise UsageError("--windows, --rounds, --recordings, --lanes, --threads and --batches begin at 1")
+            names = "--windows, --rounds, --recordings, --processes, --lanes, --threads"
+            raise UsageError(f"{names} and --batches begin at 1")
 
     @property
     def n_threads(self) -> int:
@@ -151,6 +154,9 @@ def bench_engine(plan: Plan, say: Say = lambda line: None) -> Figures:
             if entry is not ours:
                 entry.seat.close()
         details = measure_ours(plan, ours.seat, say)
+        if plan.processes > 1:
+            say(f"measuring {plan.processes} processes")
+            details["processes"] = _side_by_side(plan, ours, _specs(plan, missing, checkpoint, converted))
     return {
         "benchmark": "engine",
         "plan": {**asdict(plan), "threads": plan.n_threads, "model": plan.model or f"{plan.size}, random weights"},
@@ -161,6 +167,32 @@ def bench_engine(plan: Plan, say: Say = lambda line: None) -> Figures:
         "peaks": peaks,
         "machine": {**machine(), "load_before": load[0], "took_s": round(time.monotonic() - began)},
     }
+
+
+def _side_by_side(plan: Plan, ours: Entry, specs: Iterator[Spec]) -> Figures:
+    """Several engines on the one device, all the windows in each, beside the one that has it alone."""
+    spec = next(spec for spec in specs if spec.library == "ours")
+    share = max(1, plan.n_threads // plan.processes)
+    alone = [_ask(ours, plan.windows, plan.tokens, ours.setting) for _ in range(plan.rounds)]
+    with ExitStack() as stack:
+        seats = [stack.enter_context(Seat(share)) for _ in range(plan.processes)]
+        for seat in seats:
+            seat.ask("load", replace(spec, threads=share))
+            seat.ask("run", plan.windows, plan.tokens, ours.setting)
+        rounds = [_all_at_once(plan, ours, seats) for _ in range(plan.rounds)]
+    one = median(plan.windows / turn["wall_s"] for turn in alone)
+    together = median(plan.processes * plan.windows / turn["wall_s"] for turn in rounds)
+    return {"processes": plan.processes, "windows_per_s": together, "times_one": together / one}
+
+
+def _all_at_once(plan: Plan, ours: Entry, seats: Sequence[Seat]) -> Figures:
+    time.sleep(PAUSE_S)
+    start = time.perf_counter()
+    for seat in seats:
+        seat.begin("run", plan.windows, plan.tokens, ours.setting)
+    for seat in seats:
+        seat.answer()
+    return {"wall_s": time.perf_counter() - start}
 
 
 def _missing(plan: Plan) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What our engine's time and memory go to: stages, word times, VAD, refilled lanes, the two algorithms.
+"""What our engine's time and memory go to: stages, their floors, word times, VAD, refilled lanes, the two algorithms.
 
 Measured in the seat of the first of our dtypes when the other contestants have left. The measurements themselves are
 `pipeline/engine/probe.py`'s; what is compared is measured in turn.
@@ -27,7 +27,10 @@ def measure_ours(plan: Plan, seat: Seat, say: Callable[[str], None]) -> Figures:
     """The parts of the plan that concern ours alone."""
     seat.ask("probe", "decode", plan.windows, min(plan.tokens, 8), True)  # whatever happens at the first time only
     figures: Figures = {"memory": {**seat.ask("facts"), "peak_rss_mb": round(seat.ask("peak_rss_mb"))}}
-    measures = {"stages": _stages, "words": _words, "vad": _vad, "spread": _spread, "sequential": _sequential}
+    measures = {
+        "stages": _stages, "floors": _floors, "words": _words, "vad": _vad,
+        "spread": _spread, "sequential": _sequential,
+    }  # fmt: skip
     for part, measure in measures.items():
         if part in plan.parts:
             say(f"measuring {part}")
@@ -54,6 +57,13 @@ def _stages(plan: Plan, seat: Seat) -> Figures:
         "encoder_tflops": middle([flop / spent["wall_s"] / 1e12 for spent in encoder]),
         "encoder_share_of_peak": quotient([measured["encoder_at_peak"] for measured in rounds], encoder),
     }
+
+
+def _floors(plan: Plan, seat: Seat) -> Figures:
+    """Each stage's share of its floor, by a product and a copy measured beside it."""
+    took = _ask(seat, "decode", plan.windows, plan.tokens, False)
+    shares: Figures = _ask(seat, "floors", 1, plan.tokens, took["wall_s"] / plan.windows)
+    return shares
 
 
 def _words(plan: Plan, seat: Seat) -> Figures:

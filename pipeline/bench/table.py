@@ -73,6 +73,13 @@ def _lines(figures: Figures) -> Iterator[str]:
         yield f"stages, ms a window: {parts}"
         share = _times(stages["encoder_share_of_peak"])
         yield f"encoder: {stages['encoder_tflops']['median']:.2f} TFLOP/s, {share} of what one matrix product reaches"
+    if floors := figures.get("floors"):
+        shares = ", ".join(f"{name} {_share(stage)}" for name, stage in floors["stages"].items())
+        ceiling, reached = floors["ceiling_rtfx"], floors["share_of_ceiling"]
+        yield f"share of the device's limits: {shares}; all in all {reached:.0%} of RTFx {ceiling:.0f}"
+    if processes := figures.get("processes"):
+        many, rate, times = (processes[key] for key in ("processes", "windows_per_s", "times_one"))
+        yield f"{many} processes at once: {rate:.2f} windows a second, {times:.2f} times those of one"
     memory = figures["memory"]
     yield (
         f"memory: {memory['lanes']} lanes of {memory['lane_bytes'] / 1e6:.1f} MB, "
@@ -100,6 +107,10 @@ def _lines(figures: Figures) -> Iterator[str]:
             f"machine: bf16 {peaks['bfloat16_tflops']:.2f} and float32 {peaks['float32_tflops']:.2f} TFLOP/s, "
             f"reads {peaks['read_gb_per_s']:.0f} GB/s"
         )
+
+
+def _share(stage: Figures) -> str:
+    return f"{stage['share_of_floor']:.0%} by {stage['limit']}"
 
 
 def _times(figure: Figures, digits: int = 2) -> str:

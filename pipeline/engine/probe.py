@@ -164,6 +164,16 @@ class Probe:
             "prompt_tokens": sum(result.tokens_input for result in results),
         }
 
+    # -- the device's limits --------------------------------------------------------------------------------
+
+    def floors(self, windows: Sequence[Pcm], n_tokens: int, window_s: float) -> dict[str, Any]:
+        """Each stage's share of what the device could do at most; `window_s` are the seconds that a window takes."""
+        from pipeline.engine.steady import measured_peak, share_of_floors, stage_seconds
+
+        peak = measured_peak(self._model.device, self._model.dtype)
+        stages = stage_seconds(self._engine, windows[0], n_tokens)
+        return share_of_floors(self._engine, n_tokens, peak, stages, window_s)
+
     # -- memory and arithmetic ------------------------------------------------------------------------------
 
     def facts(self) -> dict[str, int]:

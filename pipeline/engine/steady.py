@@ -151,6 +151,7 @@ def stage_seconds(engine: LocalEngine, pcm: Pcm, tokens: int, budget_s: float = 
     device: Device = scheduler._device if isinstance(scheduler, PipelinedScheduler) else Host(model.device)
     batch, lanes = scheduler._window_batch, scheduler.n_lanes
     encoder = Encoder(model, batch, device)
+    scheduler._sampler.ended.fill_(True)  # so that no row goes on; whoever is admitted begins anew
     steps = Steps(model, scheduler._caches, scheduler._sampler, scheduler._positions, device)
     rows = torch.arange(min(PREFILL_BATCH, lanes), device=model.device)
     with torch.inference_mode():
