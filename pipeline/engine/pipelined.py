@@ -226,9 +226,8 @@ class PipelinedScheduler(Scheduler):
             return
         asks = [ask for ask in self._detects if ask.request.window in windows]
         self._detects = deque(ask for ask in self._detects if ask.request.window not in windows)
-        self._post(
-            [self._listened(windows)], partial(self._tell_languages, windows, asks), lambda: self._detects.extend(asks)
-        )
+        tell = partial(self._tell_languages, windows, asks)
+        self._post([self._listened(windows)], tell, lambda: self._detects.extend(asks))
 
     # -- the decoder -----------------------------------------------------------------------------------------
 

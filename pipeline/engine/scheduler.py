@@ -313,8 +313,10 @@ class Scheduler:
         return self._spoken(self._model.first_logits(self._hidden(windows), self._tokenizer.sot))
 
     def _spoken(self, logits: Tensor) -> Tensor:
-        """How likely each of the tokenizer's languages is, among languages alone: [b, languages], from logits [b, vocab]
-        at start-of-transcript."""
+        """How likely each of the tokenizer's languages is, among them alone: [b, languages].
+
+        `logits`: [b, vocab] at start-of-transcript.
+        """
         return logits[:, self._language_ids].softmax(-1)
 
     def _likeliest(self, spoken: Tensor) -> list[tuple[str, float] | None]:
@@ -384,9 +386,8 @@ class Scheduler:
         firsts = [candidate.lanes[0] for candidate in candidates]
         logits = self._prefill(firsts, [candidate.decode for candidate in candidates])  # [b, 2, vocab]
         silence = logits[:, 0].softmax(-1)[:, self._tokenizer.no_speech].tolist()
-        for candidate, probability, heard in zip(
-            candidates, silence, self._likeliest(self._spoken(logits[:, 0])), strict=True
-        ):
+        languages = self._likeliest(self._spoken(logits[:, 0]))
+        for candidate, probability, heard in zip(candidates, silence, languages, strict=True):
             candidate.no_speech_prob, candidate.heard = probability, heard
             candidate.length = len(candidate.decode.prompt)
             first, *others = candidate.lanes
