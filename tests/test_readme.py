@@ -94,7 +94,12 @@ def test_top_level_is_the_design_s() -> None:
 
 
 @pytest.mark.parametrize(
-    ("table", "file"), [(tables.accuracy, "heldout_accuracy.json"), (tables.speed, "engine_cpu_base.json")]
+    ("table", "file"),
+    [
+        (tables.accuracy, "heldout_accuracy.json"),
+        (tables.languages, "languages.json"),
+        (tables.speed, "engine_cpu_base.json"),
+    ],
 )
 def test_figures_are_those_of_the_results(table: Callable[[dict[str, Any]], str], file: str) -> None:
     assert table(json.loads((tables.RESULTS / file).read_text(encoding="utf-8"))) in README

@@ -31,6 +31,18 @@ def accuracy(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def languages(figures: dict[str, Any]) -> str:
+    """Of `languages.json`."""
+    clips = figures["recordings"]
+    rows = [(f"{clips['clips']} clips in one language: the recording's", _percent(clips["right"]))]
+    rows += [
+        (f"several in each recording, `language: window`, {name}: the segments'", _percent(one["right"]))
+        for name, one in figures["mixed"].items()
+    ]
+    rows += [(f"flag `language_mismatch`: {name}", f"{n} of {of}") for name, (n, of) in figures["mismatch"].items()]
+    return "\n".join(["| language | right |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
 def speed(figures: dict[str, Any]) -> str:
     """Of `engine_cpu_base.json`: how many times as long the others take, in the same rounds."""
     rows = []
