@@ -40,7 +40,7 @@ def languages(figures: dict[str, Any]) -> str:
         for name, one in figures["mixed"].items()
     ]
     rows += [(f"flag `language_mismatch`: {name}", f"{n} of {of}") for name, (n, of) in figures["mismatch"].items()]
-    return "\n".join(["| language | right |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+    return "\n".join(["| what | right, or flagged |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
 
 
 def speed(figures: dict[str, Any]) -> str:
