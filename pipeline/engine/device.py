@@ -42,7 +42,7 @@ class Device(Protocol):
         ...
 
     def staging(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Memory of the host's to be filled and uploaded; not to be written again after that."""
+        """Memory of the host's, to be filled from end to end and uploaded; not to be written again after that."""
         ...
 
     def upload(self, staged: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class Host:
         return work
 
     def staging(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return torch.zeros(tuple(shape), dtype=dtype)
+        return torch.empty(tuple(shape), dtype=dtype)
 
     def upload(self, staged: Tensor) -> Tensor:
         return staged.to(self._device)
@@ -135,7 +135,7 @@ class Cuda:
         return _Captured(self, work, stream) if self._graphs else work
 
     def staging(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return torch.zeros(tuple(shape), dtype=dtype, pin_memory=True)
+        return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
 
     def upload(self, staged: Tensor) -> Tensor:
         return staged.to(self._device, non_blocking=True)

@@ -92,7 +92,7 @@ class LogMel:
 
     def _log10(self, pcm: Pcm, start: int, n_frames: int) -> Tensor:
         """log10 of the mel power of frames [start, start + n_frames), [n_mels, n_frames], not below -10."""
-        samples = np.zeros((n_frames - 1) * HOP + N_FFT, np.int16)
+        samples = np.empty((n_frames - 1) * HOP + N_FFT, np.int16)
         _cut_into(samples, pcm, start * HOP - N_FFT // 2)
         return self._log10_of(torch.from_numpy(samples).to(self.device))
 
@@ -105,11 +105,12 @@ class LogMel:
 
 
 def _cut_into(out: Pcm, pcm: Pcm, start: int) -> None:
-    """Samples from `start` on, as many as there are zeros in `out`, of a span that is mirrored before its first sample
-    and followed by zeros."""
-    first, last = max(start, 0), min(start + len(out), len(pcm))
-    if last > first:
-        out[first - start : last - start] = pcm[first:last]
+    """Samples from `start` on, as many as `out` takes, of a span that is mirrored before its first sample and followed
+    by zeros."""
+    first = max(start, 0)
+    last = max(first, min(start + len(out), len(pcm)))
+    out[first - start : last - start] = pcm[first:last]
+    out[last - start :] = 0
     if start < 0:
         mirrored = np.zeros(-start, np.int16)
         mirror = pcm[1 : 1 - start]

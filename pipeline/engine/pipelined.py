@@ -207,9 +207,9 @@ class PipelinedScheduler(Scheduler):
     # -- the encoder -----------------------------------------------------------------------------------------
 
     def _encode(self, windows: list[Window]) -> None:
-        if self._encoder is None:
-            self._encoder = Encoder(self._model, self._window_batch, self._device)
         with self._device.beside():
+            if self._encoder is None:
+                self._encoder = Encoder(self._model, self._window_batch, self._device)
             mel = self._features.windows([window.cut(self._features) for window in windows], self._device)
             hidden = self._encoder(mel)
             mark = self._device.mark()
