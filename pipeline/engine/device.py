@@ -128,6 +128,8 @@ class Cuda:
         self._device = device
         self._graphs = graphs
         self._encoder = torch.cuda.Stream(device) if streams else None  # type: ignore[no-untyped-call]
+        # Torch's own default for it stands on whichever device was the present one first.
+        self.capture_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pools: dict[str, Any] = {}
         self.n_captured = self.n_refused = 0
 
@@ -216,13 +218,10 @@ class _Captured:
             self._work()
 
     def _capture(self) -> torch.cuda.CUDAGraph | None:
-        graph = torch.cuda.CUDAGraph()
+        graph, pool, stream = torch.cuda.CUDAGraph(), self._cuda.pool(self._stream), self._cuda.capture_stream
         try:
             # Other threads of the process may allocate meanwhile: a second engine, a benchmark's own tensors.
-            with (
-                _capturing,
-                torch.cuda.graph(graph, pool=self._cuda.pool(self._stream), capture_error_mode="thread_local"),
-            ):
+            with _capturing, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 self._work()
         except RuntimeError as error:
             self._cuda.n_refused += 1

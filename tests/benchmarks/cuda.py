@@ -17,6 +17,7 @@ they have measured as they go; what a killed or failed group had not reached is 
     processes:SIZE several engine processes on the one device, their windows a second together
 
 `--device cpu --size tiny --quick` runs the same code in small on a CPU, graphs off (tests/test_gpu_scripts.py).
+`build/` is in no commit: what copies a checkout to the GPU's machine has to be told to take it along.
 The clips are the demo's and held-out synthetic speech with their references and the VAD's frames; without them the
 demo's plain wav file is all there is.
 """

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pipeline.demo.train.heldout import Clip, make_clip
 from pipeline.engine import EngineConfig, Tuning, load_engine
 from pipeline.engine.decoding import Decode, Sampler, Span, Window
-from pipeline.engine.device import Host
+from pipeline.engine.device import Cuda, Host
 from pipeline.engine.features import N_SAMPLES, Cut, LogMel
 from pipeline.engine.local import LocalEngine
 from pipeline.engine.pipelined import (
@@ -216,6 +217,75 @@ def test_the_encoder_asks_the_host_nothing_and_fills_up_its_shapes(scheduler: Pi
     again = encoder(mel[:1])
     assert torch.equal(hidden, model.encode(mel))
     assert torch.equal(again[0], hidden[0])  # earlier answers are not written over
+
+
+class FakeGraph:
+    """A CUDA graph as far as order goes: what is begun while it is captured runs at each replay and not before."""
+
+    capturing: FakeGraph | None = None
+
+    def __init__(self) -> None:
+        self.works: list[Callable[[], None]] = []
+
+    def replay(self) -> None:
+        for work in self.works:
+            work()
+
+
+@contextmanager
+def fake_capture(graph: FakeGraph, **how: object) -> Iterator[None]:
+    assert set(how) == {"pool", "stream", "capture_error_mode"}
+    FakeGraph.capturing = graph
+    try:
+        yield
+    finally:
+        FakeGraph.capturing = None
+
+
+def kernel(work: Callable[[], None]) -> None:
+    """Runs it on the pretended device: at once, or whenever the graph that is being captured is replayed."""
+    if FakeGraph.capturing is not None:
+        FakeGraph.capturing.works.append(work)
+    else:
+        work()
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", fake_capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
+    return Cuda(CPU, graphs=True, streams=False)
+
+
+def test_captured_work_is_done_once_a_call(fake_cuda: Cuda) -> None:
+    """Before it is captured, in the call in which it is, and after."""
+    done: list[int] = []
+    work = fake_cuda.repeated(lambda: kernel(lambda: done.append(1)))
+    for calls in range(1, 7):
+        work()
+        assert len(done) == calls
+    assert fake_cuda.facts() == {"graphs": True, "streams": False, "captured": 1, "refused": 0}
+
+
+def test_what_cannot_be_captured_goes_on_as_it_is(fake_cuda: Cuda, caplog: pytest.LogCaptureFixture) -> None:
+    done: list[int] = []
+
+    def asks_the_host() -> None:
+        if FakeGraph.capturing is not None:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more")
+        done.append(1)
+
+    work = fake_cuda.repeated(asks_the_host)
+    for calls in range(1, 7):
+        work()
+        assert len(done) == calls
+    assert fake_cuda.facts()["refused"] == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        "engine: a step could not be captured and goes on without: "
+        "CUDA error: operation not permitted when stream is capturing"
+    ]
 
 
 def test_shapes_are_few() -> None:
