@@ -103,6 +103,14 @@ def test_what_was_measured_before_the_end_stays(tmp_path: Path) -> None:
     assert found["a"]["d"]["error"].startswith("IndexError")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here it would begin")
+def test_without_a_gpu_the_script_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cuda.main([])
+    assert ended.value.code == 2
+    assert "no CUDA device" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here they run")
 @pytest.mark.parametrize(("forbidden", "outcome"), [("0", "skipped"), ("1", "failed")])
 def test_gpu_tests_skip_unless_that_is_forbidden(forbidden: str, outcome: str) -> None:

@@ -739,6 +739,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         score(given.score)
     elif given.group is not None:
         inner_main(args_of(given, given.folder), given)
+    elif given.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("torch finds no CUDA device here; --device cpu --size tiny --quick runs the same code in small")
     else:
         os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
         with tempfile.TemporaryDirectory(prefix="murmur-cuda-") as folder:
