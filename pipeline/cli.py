@@ -429,13 +429,78 @@ def bench_engine(
         device=device, recordings=recordings, processes=processes, **given,
     )  # fmt: skip
     figures = measure(plan, say=_say)
-    if out is not None:
-        out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    _write_figures(out, figures)
     show_engine(figures, console)
     _finish(EXIT_OK, as_json, figures)
 
 
+@bench.command("job")
+def bench_job(
+    inputs: Annotated[
+        list[str] | None, typer.Argument(metavar="[INPUT]...", help="As transcribe's.", show_default="the demo's clips")
+    ] = None,
+    model: Model = None,
+    config_file: ConfigFile = None,
+    sets: Sets = None,
+    hours: Annotated[float, typer.Option(help="Of the demo's clips.")] = 0.1,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the figures there too.")] = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """The job on this machine beside its engine alone: what decoding, Ray and committing leave of its speed."""
+    from pipeline.bench.job import Plan
+    from pipeline.bench.job import bench_job as measure
+
+    logs.set_up(verbose=verbose)
+    config = load_config(config_file, {"model": model or "demo"}, sets or ())
+    options = [f"--model={config.model}", *(f"--config={file}" for file in [config_file] if file)]
+    options += [f"--set={one}" for one in sets or ()]
+    figures = measure(Plan(tuple(inputs or ()), config, tuple(options), hours), say=_say)
+    _write_figures(out, figures)
+    job, alone = figures["job"], figures["engine_alone"]
+    _console(as_json).print(
+        f"RTFx {job['rtfx']:.1f}, the engine alone {alone[0]['rtfx']:.1f} and {alone[1]['rtfx']:.1f}: "
+        f"{100 * figures['share_of_engine']:.0f} %; start {job['start_s']:.1f} s, finalise {job['finalize_s']:.1f} s",
+        highlight=False,
+    )
+    _finish(EXIT_OK, as_json, figures)
+
+
+@bench.command("http")
+def bench_http(
+    url: Annotated[str, typer.Argument(metavar="URL", help="Of a running server, as murmur serve prints it.")],
+    files: Annotated[
+        list[str] | None, typer.Argument(metavar="[FILE]...", help="Audio to send.", show_default="the demo's clips")
+    ] = None,
+    model: Model = None,
+    clients: Annotated[int, typer.Option(help="Requests under way at once.")] = 8,
+    duration_s: Annotated[float, typer.Option("--seconds", help="How long new ones are sent.")] = 60.0,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the figures there too.")] = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """A running server under load, as its clients see it. A token: the first of MURMUR_API_TOKENS."""
+    import asyncio
+
+    from pipeline.bench.http import Plan
+    from pipeline.bench.http import bench_http as measure
+    from pipeline.bench.table import show_http
+    from pipeline.demo import sound_clips
+
+    logs.set_up(verbose=verbose)
+    plan = Plan(url.rstrip("/"), tuple(files or map(str, sound_clips())), model, clients, duration_s)
+    figures = asyncio.run(measure(plan, say=_say))
+    _write_figures(out, figures)
+    show_http(figures, _console(as_json))
+    _finish(EXIT_OK, as_json, figures)
+
+
 # ---- what the commands share
+
+
+def _write_figures(out: Path | None, figures: Mapping[str, Any]) -> None:
+    if out is not None:
+        _write(out, json.dumps(figures, indent=1) + "\n")
 
 
 def _given(**options: Any) -> dict[str, Any]:

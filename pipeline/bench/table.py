@@ -25,6 +25,18 @@ def show_engine(figures: Figures, console: Console) -> None:
         console.print(line, markup=False, highlight=False)
 
 
+def show_http(figures: Figures, console: Console) -> None:
+    answers = ", ".join(f"{count} x {status}" for status, count in sorted(figures["answers"].items())) or "none"
+    console.print(f"answers: {answers}; RTFx {figures['rtfx']:.1f}, {figures['answers_per_s']:.2f} a second")
+    for name in ("answer", "refusal"):
+        if took := figures[f"{name}_s"]:
+            spread = f"median {took['median']:.2f} s, 95 % within {took['p95']:.2f} s, longest {took['longest']:.2f} s"
+            console.print(f"{name}: {spread}", highlight=False)
+    console.print(f"the clients took {figures['cores_of_the_clients']:.2f} cores of this machine", highlight=False)
+    for error, count in figures["errors"].items():
+        console.print(f"{count} x {error}", markup=False, highlight=False)
+
+
 def _race(figures: Figures) -> Table:
     """A line fits into 80 columns."""
     headers = ("", "batch", "s/window", "range", "win/s", "RTFx", "tokens", "same", "MB")
