@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
 
 from tests.benchmarks import cuda
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # On the GPU's machine there is torch, transformers and numpy, with what they bring along; none of these.
 ABSENT = (
