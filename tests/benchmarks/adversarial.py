@@ -190,16 +190,6 @@ def _meet(a: tuple[float, float], b: tuple[float, float]) -> bool:
     return min(a[1], b[1]) > max(a[0], b[0])
 
 
-def measure(cases: dict[str, Case], seeds: Sequence[int], languages: Sequence[Language]) -> dict[str, Any]:
-    """What became of each case's sentences, by setting."""
-    report = {}
-    for case, make in cases.items():
-        clips = {f"{language}/{seed}": make(language, seed) for language in languages for seed in seeds}
-        report[case] = measure_case(clips)
-        print(case, report[case], file=sys.stderr)
-    return report
-
-
 def measure_case(clips: dict[str, Clip]) -> dict[str, Any]:
     """One case's recordings, by setting; and what the reference makes of those that the last one gets wrong."""
     report: dict[str, Any] = {"audio_s": round(sum(clip.duration_s for clip in clips.values()))}
@@ -236,15 +226,19 @@ def main() -> None:
     parser.add_argument("--case", choices=CASES, action="append", help="all, if not given")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    cases = {name: CASES[name] for name in arguments.case or CASES}
-    report = {
+    report: dict[str, Any] = {
         "benchmark": "adversarial",
         "recordings_of_each_case": len(LANGUAGES) * arguments.seeds,
-        "cases": measure(cases, range(1, arguments.seeds + 1), LANGUAGES),
+        "cases": {},
         "machine": machine(),
     }
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    seeds = range(1, arguments.seeds + 1)
+    for case in arguments.case or CASES:
+        clips = {f"{language}/{seed}": CASES[case](language, seed) for language in LANGUAGES for seed in seeds}
+        report["cases"][case] = measure_case(clips)
+        print(case, report["cases"][case], file=sys.stderr)
+        if arguments.out is not None:  # after each: a run that is stopped has measured something
+            arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report))
 
 
