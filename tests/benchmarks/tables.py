@@ -43,6 +43,40 @@ def languages(figures: dict[str, Any]) -> str:
     return "\n".join(["| what | right, or flagged |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
 
 
+def two_algorithms(figures: dict[str, Any]) -> str:
+    """Of `two_algorithms.json`."""
+    lines = [
+        "| WER, 95 % interval; language right | `windows` | `sequential` | difference, points |",
+        "|---|---|---|---|",
+    ]
+    for name, part in figures["parts"].items():
+        apart = part["sequential_minus_windows"]
+        each = [f"{_with_interval(one)}; {_percent(one['language_right'])}" for one in _both(part)]
+        spread = f"{apart['points']:.1f} ({apart['interval'][0]:.1f} to {apart['interval'][1]:.1f})"
+        lines.append(f"| {name} | {' | '.join(each)} | {spread} |")
+    return "\n".join(lines)
+
+
+def _both(part: dict[str, Any]) -> list[dict[str, Any]]:
+    return [part[algorithm] for algorithm in ("windows", "sequential")]
+
+
+def _with_interval(found: dict[str, Any]) -> str:
+    low, high = found["interval"]
+    return f"{found['wer_percent']:.1f} % ({low:.1f} to {high:.1f})"
+
+
+def adversarial(figures: dict[str, Any]) -> str:
+    """Of `adversarial.json`: sentences lost and invented."""
+    settings = ("windows, 10 s", "sequential, 10 s", "sequential, 30 s")
+    head = [f"`{one.split(',')[0]}`,{one.split(',')[1]}" for one in settings]
+    lines = [f"| lost, invented | sentences | {' | '.join(head)} |", "|---|---|---|---|---|"]
+    for case, found in figures["cases"].items():
+        counts = [f"{found[one]['lost']}, {found[one]['invented']}" for one in settings]
+        lines.append(f"| {case} | {found[settings[0]]['sentences']} | {' | '.join(counts)} |")
+    return "\n".join(lines)
+
+
 def speed(figures: dict[str, Any]) -> str:
     """Of `engine_cpu_base.json`: how many times as long the others take, in the same rounds."""
     rows = []

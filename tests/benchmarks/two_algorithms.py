@@ -94,7 +94,7 @@ def compare(clips: dict[str, Clip], length_s: int) -> dict[str, Any]:
         found = transcribe(clips, config, "cpu", "float32")
         counts[algorithm] = _counts(clips, found)
         report[algorithm] = _figures(clips, found, counts[algorithm])
-        print(algorithm, report[algorithm], file=sys.stderr)
+        print(algorithm, report[algorithm], file=sys.stderr, flush=True)
     both = np.hstack([counts[algorithm] for algorithm in ALGORITHMS])
     report["sequential_minus_windows"] = {
         "points": round(100 * float(_difference(both.sum(axis=0, keepdims=True))[0]), 3),
