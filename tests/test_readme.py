@@ -98,6 +98,7 @@ def test_top_level_is_the_design_s() -> None:
     [
         (tables.accuracy, "heldout_accuracy.json"),
         (tables.languages, "languages.json"),
+        (tables.two_algorithms, "two_algorithms.json"),
         (tables.adversarial, "adversarial.json"),
         (tables.speed, "engine_cpu_base.json"),
     ],
