@@ -39,14 +39,33 @@ EXIT_UNEXPECTED = 1
 DEMO_OUTPUT = "demo-out"
 SUBMITTED = ("transcribe", "retry", "finalize", "verify", "clean", "evaluate")  # what `murmur submit` takes
 
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"murmuration {version('murmuration')}")
+        raise typer.Exit
+
+
 app = typer.Typer(
     name="murmur",
-    help="Transcribe large audio corpora with Whisper on Ray.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="The version, and exit.")
+    ] = False,
+) -> None:
+    """Transcribe large audio corpora with Whisper on Ray."""
+
+
 bench = typer.Typer(help="Measure it on this machine.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bench, name="bench")
 
@@ -87,7 +106,7 @@ def demo(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Run the real job on the bundled clips with the bundled model, and show what came of it."""
+    """Run the real job on the bundled clips and model. Shows what came of it."""
     from pipeline import report
     from pipeline.demo import clips_path
 
@@ -114,7 +133,7 @@ def demo(
 def transcribe(
     inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Manifests, folders, globs, audio files.")],
     output: Annotated[str | None, typer.Option(metavar="URI", help="Run on Ray and write tables here.")] = None,
-    format: Annotated[Format, typer.Option(help="Without --output: what to print.")] = Format.txt,
+    format: Annotated[Format | None, typer.Option(help="Without --output: what to print.", show_default="txt")] = None,
     model: Model = None,
     config_file: ConfigFile = None,
     sets: Sets = None,
@@ -125,14 +144,22 @@ def transcribe(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Transcribe audio: with --output on Ray into tables (the same command again goes on), else here, as text."""
+    """Transcribe audio into tables, or print the text.
+
+    With --output on Ray into tables; the same command again goes on. Else here, as text.
+    """
     config = load_config(config_file, {"model": model}, sets or ())
     logs.set_up(config.log_format, verbose=verbose)
     if output is None:
         if dry_run or check_inputs:
             option = "--dry-run" if dry_run else "--check-inputs"
             raise UsageError(f"{option} needs --output: without it there is no run to look at")
-        _finish(*_print_transcripts(inputs, config, format, as_json))
+        _finish(*_print_transcripts(inputs, config, format or Format.txt, as_json))
+    if format is not None:
+        raise UsageError(
+            f"--format is for what is printed without --output; with it: murmur export {output} --format {format.value}"
+            " --to DIR, when the run is done"
+        )
     console = _console(as_json)
     if dry_run:
         _finish(EXIT_OK, as_json, _show_estimate(inputs, output, config, console, check_inputs))
@@ -163,7 +190,7 @@ def retry(
 
 @app.command()
 def finalize(output: OutputArgument, as_json: Json = False, verbose: Verbose = False) -> None:
-    """Make the tables of what is committed now; any time, also while a run goes on."""
+    """Make the tables of what is committed now. Any time, also while a run goes on."""
     from pipeline import report
     from pipeline.job import finalize_output
 
@@ -182,7 +209,7 @@ def verify(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Check every table and every committed object against what was written; any time, also while a run goes on."""
+    """Check all tables and data against what was written. Any time, also while a run goes on."""
     from pipeline import verify as verifying
 
     logs.set_up(verbose=verbose)
@@ -200,7 +227,7 @@ def clean(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Remove what killed runs left and what was superseded; only while nobody works on the output."""
+    """Remove what killed runs left and what was superseded. Only while nobody works on the output."""
     from pipeline.clean import clean as clean_up
 
     logs.set_up(verbose=verbose)
@@ -217,7 +244,7 @@ def report_command(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Show how far a run is and what came of it, also while it goes on."""
+    """Show how far a run is and what came of it. Also while it goes on."""
     from pipeline import report, report_page
     from pipeline.figures import figures
 
@@ -244,7 +271,7 @@ def evaluate(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Word and character error rates against references, with intervals, and where the errors are."""
+    """Word and character error rates against references. With intervals, and where the errors are."""
     from pipeline import evaluation, evaluation_report, references
 
     logs.set_up(verbose=verbose)
@@ -298,7 +325,10 @@ def export_command(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write the tables as files: a transcript or subtitles for each recording, or a manifest for training."""
+    """Write transcripts, subtitles or a training manifest.
+
+    A file for each recording, or one manifest of segments.
+    """
     from pipeline import export as exporting
     from pipeline.selection import PRESETS, Selection
     from pipeline.subtitles import Rules
@@ -341,7 +371,7 @@ def serve(
     sets: Sets = None,
     verbose: Verbose = False,
 ) -> None:
-    """Answer over HTTP: DeepInfra's route, OpenAI's, and a page to try it on. Until a signal comes."""
+    """Answer over HTTP, until a signal comes. DeepInfra's route, OpenAI's, and a page to try it on."""
     from serve_app.deployment import serve_here
 
     own = {"host": host, "port": port}
@@ -375,7 +405,7 @@ def submit(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Run a command as a job of a Ray cluster: its id first, then its log, in the end its exit code."""
+    """Run a command as a job of a Ray cluster. Its id first, then its log, in the end its exit code."""
     from pipeline import submit as jobs
 
     logs.set_up(verbose=verbose)
@@ -413,7 +443,7 @@ def bench_engine(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Our engine beside faster-whisper, openai-whisper and transformers: same weights, same windows, in one run."""
+    """Our engine beside others, in one run. faster-whisper, openai-whisper, transformers: same weights and windows."""
     from pipeline.bench.engine import Plan
     from pipeline.bench.engine import bench_engine as measure
     from pipeline.bench.table import show_engine
@@ -589,13 +619,17 @@ def _show_estimate(
     from pipeline.report import hours
 
     found = estimate(inputs, output, config, check_inputs=check_inputs)
-    console.print(
-        f"{found.missing} of {found.inputs} recordings are to do: {hours(found.hinted_s)} as the manifest says"
-    )
+    lengths = []
+    if found.hinted_s:
+        lengths.append(f"{hours(found.hinted_s)} as the manifest says")
     if found.guessed_s:
-        console.print(f"and about {hours(found.guessed_s)} going by file sizes")
+        lengths.append(f"about {hours(found.guessed_s)} going by file sizes")
     if found.unknown:
-        console.print(f"and {found.unknown} of unknown length")
+        lengths.append(f"{found.unknown} of unknown length")
+    console.print(
+        f"{found.missing} of {found.inputs} recordings are to do{': ' if lengths else ''}{' and '.join(lengths)}",
+        highlight=False,
+    )
     return dataclasses.asdict(found)
 
 
@@ -622,7 +656,8 @@ def _print_transcripts(
                 sys.stdout.flush()
             if transcript.failure is not None:
                 code = EXIT_FAILED
-                _say(f"{transcript.recording.id}: {transcript.failure.kind}: {transcript.failure.message}")
+                message = transcript.failure.message.removeprefix(f"{transcript.recording.id}: ")
+                _say(f"{transcript.recording.id}: {transcript.failure.kind}: {message}")
     return code, as_json, {"transcripts": objects}
 
 

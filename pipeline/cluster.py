@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from pipeline.census import Census
 from pipeline.config import Config, RayConfig
-from pipeline.errors import ConfigError, MurmurError
+from pipeline.errors import ConfigError, CrashLoopError, MurmurError
 from pipeline.pools import Node
 from pipeline.served import Application
 
@@ -147,6 +147,13 @@ class Cluster:
                     )
         except ConnectionError as error:
             raise ConfigError(f"ray.address {address}: no Ray cluster answers there ({error})") from None
+        except Exception as error:  # Ray's own, of no class: its node has 30 s to start, which a laden machine may miss
+            if "timed out during startup" not in str(error):
+                raise
+            raise CrashLoopError(
+                "Ray did not start on this machine within the time it gives itself: too much else runs here, or too "
+                "little memory is free; nothing is lost, the same command tries again"
+            ) from error
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # ray.init puts its own in place of the command's
         if not verbose:

@@ -54,6 +54,7 @@ def clip(tmp_path: Path) -> Path:
         (["transcribe", "a.wav", "--set", "chunk_length_s=99"], "chunk_length_s"),
         (["transcribe", "a.wav", "--config", "no-such.yaml"], "no-such.yaml"),
         (["transcribe", "a.wav", "--dry-run"], "--output"),
+        (["transcribe", "a.wav", "--output", "out", "--format", "srt"], "murmur export out --format srt --to DIR"),
         (["transcribe", "no-such.wav", "--set", "engine=fake"], "no-such.wav"),
         (["transcribe", "no-such.jsonl", "--output", "out"], "no-such.jsonl: not found"),
         (["transcribe", "no-such.jsonl", "--output", "out", "--model", "/no/such/model"], "no-such.jsonl"),
@@ -74,6 +75,48 @@ def test_misuse_is_told_and_ends_with_2(
     assert (code, out) == (EXIT_USAGE, "")
     assert said in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_version_is_told(call: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, err = call("--version")
+    assert (code, err) == (EXIT_OK, "")
+    assert re.fullmatch(r"murmuration \d+\.\d+\.\d+\n", out)
+
+
+def test_help_says_each_command_in_whole_sentences(call: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = call("--help")
+    commands = out.partition("Commands:\n")[2].strip().splitlines()
+    assert code == EXIT_OK
+    assert len(commands) >= 12
+    assert all(line.endswith(".") and not line.endswith("...") for line in commands)
+
+
+def test_a_file_that_fails_is_named_once(call: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    (tmp_path / "liar.wav").write_text("no audio")
+    code, out, err = call("transcribe", tmp_path / "liar.wav", *FAKE)
+    assert (code, out) == (EXIT_FAILED, "")
+    assert err.count("liar.wav") == 1
+
+
+def test_a_dry_run_says_only_what_it_knows(call: Callable[..., tuple[int, str, str]], clip: Path) -> None:
+    code, out, _ = call("transcribe", clip, "--output", clip.parent / "out", "--dry-run", *FAKE)
+    assert (code, out) == (EXIT_OK, "1 of 1 recordings are to do: about 2.0 s going by file sizes\n")
+    assert not (clip.parent / "out").exists()
+
+
+def test_ray_that_does_not_start_in_time_is_told(
+    call: Callable[..., tuple[int, str, str]], clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    def init(**_: object) -> None:
+        raise Exception("The current node timed out during startup. This could happen because ...")
+
+    monkeypatch.setattr(ray, "init", init)
+    code, out, err = call("transcribe", clip, "--output", clip.parent / "out", *FAKE)
+    assert (code, out) == (EXIT_FAILED, "")
+    assert "Ray did not start" in err
+    assert "the same command tries again" in err
 
 
 def test_a_bad_line_is_named(call: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
