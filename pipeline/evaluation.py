@@ -305,7 +305,11 @@ def _nothing(output: Output, given: Mapping[str, Reference] | None, here: _Score
             " (.jsonl, .csv, .parquet), or transcribe from a manifest with `text`"
         )
     first = next(iter(given), "")
-    return f"{output.store}: none of the {len(given)} references is of one of its recordings: no {first!r}, say"
+    there = next((row for rows in _tables(output, "recordings", ["recording_id"]) for row in rows["recording_id"]), "")
+    return (
+        f"{output.store}: none of the {len(given)} references is of one of its recordings: no {first!r}, say; its"
+        f" recordings are named like {str(there)!r}"
+    )
 
 
 def _n_references(output: Output, given: Mapping[str, Reference] | None) -> int:

@@ -71,13 +71,13 @@ class Exported:
         yield f"{_number(self.recordings, 'recording')}{unfinished}, {_number(self.segments, 'segment')}"
         if self.failed:
             yield f"{_number(self.failed, 'failed recording')} left out"
-        if self.left_out:
-            reasons = ", ".join(f"{count} by {name}" for name, count in self.left_out.most_common())
+        if self.left_out.total():
+            reasons = ", ".join(f"{count} by {name}" for name, count in self.left_out.most_common() if count)
             yield f"{_number(self.left_out.total(), 'segment')} left out: {reasons}"
         if self.empty:
             yield f"{_number(self.empty, 'recording')} left out with no segment selected"
         if self.cues:
-            yield f"{self.cues} cues, {self.fast_cues} too fast to read, {self.short_cues} shorter than wanted"
+            yield f"{_number(self.cues, 'cue')}, {self.fast_cues} too fast to read, {self.short_cues} shorter than wanted"
         if self.format == "nemo":
             yield f"{self.to}/{MANIFEST}"
         else:
