@@ -77,7 +77,8 @@ class Exported:
         if self.empty:
             yield f"{_number(self.empty, 'recording')} left out with no segment selected"
         if self.cues:
-            yield f"{_number(self.cues, 'cue')}, {self.fast_cues} too fast to read, {self.short_cues} shorter than wanted"
+            cues = _number(self.cues, "cue")
+            yield f"{cues}, {self.fast_cues} too fast to read, {self.short_cues} shorter than wanted"
         if self.format == "nemo":
             yield f"{self.to}/{MANIFEST}"
         else:
