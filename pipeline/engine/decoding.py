@@ -178,9 +178,9 @@ def walk(
     `opening` is what the Unit's other spans made of the first one. `first` says that the span opens its recording:
     `initial_prompt` belongs there.
 
-    In `windows` a window that ends in the middle of its span was cut in running speech. Only what it surely finished
-    is kept, the rest is decoded again from there; where nothing was finished the window grows, up to 30 s, so that
-    no word is halved however short `chunk_length_s` is.
+    A window under 30 s that ends in the middle of its span was cut in running speech, which the reference never does.
+    Only what it surely finished is kept, the rest is decoded again from there; where nothing was finished the window
+    grows, up to 30 s, so that no word is halved however short `chunk_length_s` is. (`sequential` skips a silent one.)
     """
     history = History(tokenizer, options, first)
     each_window = options.language == "window"
@@ -194,7 +194,7 @@ def walk(
             told = opening if state.n_windows == 0 else None
             if told is not None and told.window is not None and told.window.n_frames == window.n_frames:
                 window = told.window  # it is encoded
-            running_on = options.algorithm == "windows" and seek + window.n_frames < stop
+            running_on = seek + window.n_frames < stop and window.n_frames < N_FRAMES
             if each_window and tokenizer.multilingual:
                 yield from _follow_language(window, told, tokenizer, state)
             elif state.language is None:
@@ -204,7 +204,7 @@ def walk(
             drafts, advance, single_ending = _cut(decoded.tokens, window, tokenizer)
             n_begun = len(drafts) + _has_tail(decoded.tokens, drafts, tokenizer)
             silence = _is_silence(decoded, options)
-            if running_on and window.n_frames < N_FRAMES:
+            if running_on and not (silence and options.algorithm == "sequential"):
                 advance = 0 if silence else _keep_finished(drafts, window)
                 if not advance:
                     length = min(2 * length, N_FRAMES)

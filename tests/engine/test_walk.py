@@ -149,7 +149,8 @@ def test_candidates_compete(tokenizer: Tokenizer) -> None:
 # -- windows cut in running speech -------------------------------------------------------------------------------------
 
 
-def test_a_window_in_which_nothing_ended_grows(tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("algorithm", ["windows", "sequential"])
+def test_a_window_in_which_nothing_ended_grows(tokenizer: Tokenizer, algorithm: Any) -> None:
     """A sentence of 3 s with chunk_length_s 1: told only when the window holds it."""
 
     def answer(request: Decode) -> tuple[list[int], float, float]:
@@ -158,17 +159,19 @@ def test_a_window_in_which_nothing_ended_grows(tokenizer: Tokenizer) -> None:
             return [at(0), *tokenizer.encode(" half a"), at(length)], GOOD, 0.0
         return [at(0), *tokenizer.encode(" whole sentence"), at(3), at(3)], GOOD, 0.0
 
-    hypothesis, asked = run(6, DecodeOptions(language="en", chunk_length_s=1), tokenizer, answer)
+    options = DecodeOptions(language="en", algorithm=algorithm, chunk_length_s=1)
+    hypothesis, asked = run(6, options, tokenizer, answer)
     assert windows(asked)[:4] == [(0, 1), (0, 2), (0, 4), (3, 1)]
     assert hypothesis.segments[0].text == " whole sentence"
     assert "half" not in "".join(s.text for s in hypothesis.segments)
 
 
+@pytest.mark.parametrize("algorithm", ["windows", "sequential"])
 @pytest.mark.parametrize("chunk_length_s", [1, 5, 8, 10, 20, 30])
-def test_growing_windows_leave_nothing_out(tokenizer: Tokenizer, chunk_length_s: int) -> None:
+def test_growing_windows_leave_nothing_out(tokenizer: Tokenizer, chunk_length_s: int, algorithm: Any) -> None:
     """Nothing ever ends: windows grow to 30 s and no further, and lie end to end."""
     said = [at(0), *tokenizer.encode(" endless")]
-    options = DecodeOptions(language="en", chunk_length_s=chunk_length_s)
+    options = DecodeOptions(language="en", algorithm=algorithm, chunk_length_s=chunk_length_s)
     _, asked = run(100, options, tokenizer, lambda _: (said, GOOD, 0.0))
     assert max(d.window.n_frames for d in asked) == 3000
     longest = {d.window.seek: d.window.n_frames for d in asked}
@@ -176,6 +179,21 @@ def test_growing_windows_leave_nothing_out(tokenizer: Tokenizer, chunk_length_s:
     while seek < 10_000:
         seek += longest[seek]
     assert seek == 10_000
+
+
+def test_a_time_behind_a_short_window_moves_nothing(tokenizer: Tokenizer) -> None:
+    """`sequential` in windows of 10 s, where the model thinks on: what follows keeps its own times."""
+
+    def answer(request: Decode) -> tuple[list[int], float, float]:
+        begun, whole = tokenizer.encode(" begun"), tokenizer.encode(" whole")
+        if (request.window.seek, request.window.n_frames) == (0, 1000):
+            return [at(0), *whole, at(7), at(7), *begun, at(14)], GOOD, 0.0
+        return [at(0), *whole, at(5), at(5)], GOOD, 0.0
+
+    options = DecodeOptions(language="en", algorithm="sequential", chunk_length_s=10)
+    hypothesis, asked = run(17, options, tokenizer, answer)
+    assert windows(asked)[:2] == [(0, 10), (7, 10)]
+    assert [(s.text, s.start, s.end) for s in hypothesis.segments][:2] == [(" whole", 0, 7), (" whole", 7, 12)]
 
 
 def test_a_sentence_heard_behind_the_end_is_not_believed(tokenizer: Tokenizer) -> None:
