@@ -53,6 +53,7 @@ def test_a_set_is_fetched_once_and_whole(demo_set: Corpus, tmp_path: Path) -> No
     assert not list((tmp_path / "others").glob("*.parquet"))
 
 
+@pytest.mark.slow  # a Ray of its own
 @pytest.mark.ray
 def test_the_run(demo_set: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "result.json"

@@ -13,6 +13,7 @@ from pipeline.config import load_config
 from pipeline.errors import UsageError
 
 
+@pytest.mark.slow  # two engines and a Ray of its own
 @pytest.mark.ray
 def test_the_command(tmp_path: Path) -> None:
     done = murmur("bench", "job", "--hours", "0.02", *FAKE, "--out", tmp_path / "job.json", "--json")

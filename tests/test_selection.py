@@ -33,7 +33,7 @@ def edges() -> list[Segment]:
     found = [segment(" fine")]
     for column, value in (("avg_logprob", -0.7), ("compression_ratio", 2.4), ("no_speech_prob", 0.6)):
         found += [segment(f" {column}", **{column: near}) for near in around(value)]
-    found += [segment(" length", end=length) for length in (0.0, 0.499, 0.5, 30.0, 30.001)]
+    found += [segment(f" length {length}", end=length) for length in (0.0, 0.499, 0.5, 30.0, 30.001)]
     found += [segment(" flagged", flags=flags) for flags in (("repetition",), ("a", "invented_on_silence"), ("b",))]
     return found
 

@@ -12,6 +12,7 @@ from application import MODEL, Serve, clip, demo_config, fake_engine
 
 from pipeline import cli
 from pipeline.bench.http import Plan, bench_http
+from pipeline.demo import sound_clips
 from pipeline.errors import UsageError
 from serve_app.auth import Tokens
 from serve_app.serving import LocalModel
@@ -29,7 +30,7 @@ def test_answers(serve: Serve) -> None:
     assert n >= 3
     assert not found["answers"]
     assert found["plan"]["model"] == MODEL
-    assert found["rtfx"] * found["wall_s"] == pytest.approx(n * 15.06, rel=0.02)
+    assert found["rtfx"] * found["wall_s"] == pytest.approx(n * sound_clips()[Path(CLIP)], rel=0.02)
     assert 0 < found["answer_s"]["median"] <= found["answer_s"]["longest"]
     assert found["refusal_s"] is None
 
