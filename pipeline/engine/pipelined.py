@@ -38,7 +38,7 @@ from pipeline.engine.decoding import Sampler, Window
 from pipeline.engine.device import ENCODER, Device, Report, Work
 from pipeline.engine.features import N_FRAMES, LogMel
 from pipeline.engine.model import Lanes, WhisperModel
-from pipeline.engine.scheduler import WINDOW_BATCH, Scheduler, _Candidate
+from pipeline.engine.scheduler import WINDOW_BATCH, Scheduler, _Ask, _Candidate
 from pipeline.engine.tokens import Tokenizer
 
 ENCODER_BUCKETS = (1, 2, 4, 8, 16, 32)  # windows a batch
@@ -219,15 +219,9 @@ class PipelinedScheduler(Scheduler):
     def _hidden(self, windows: Sequence[Window]) -> Tensor:
         return torch.stack([self._device.use(w.hidden, w.ready) for w in windows if w.hidden is not None])
 
-    def _answer_detects(self) -> None:
-        encoded = (ask.request.window for ask in self._detects if ask.request.window.hidden is not None)
-        windows = list(dict.fromkeys(encoded))[: self._window_batch]
-        if not windows:
-            return
-        asks = [ask for ask in self._detects if ask.request.window in windows]
-        self._detects = deque(ask for ask in self._detects if ask.request.window not in windows)
+    def _answer_languages(self, windows: list[Window], asks: list[_Ask], spoken: Tensor) -> None:
         tell = partial(self._tell_languages, windows, asks)
-        self._post([self._listened(windows)], tell, lambda: self._detects.extend(asks))
+        self._post([spoken], tell, lambda: self._detects.extend(asks))
 
     # -- the decoder -----------------------------------------------------------------------------------------
 

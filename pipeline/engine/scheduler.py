@@ -305,12 +305,13 @@ class Scheduler:
         windows = list(islice(dict.fromkeys(encoded), self._window_batch))  # all spans of a Unit ask about one
         if not windows:
             return
-        ready = [ask for ask in self._detects if ask.request.window in windows]
-        self._tell_languages(windows, ready, self._listened(windows))
+        spoken = self._spoken(self._model.first_logits(self._hidden(windows), self._tokenizer.sot))
+        asks = [ask for ask in self._detects if ask.request.window in windows]  # they stay in line until it is known
+        self._detects = deque(ask for ask in self._detects if ask.request.window not in windows)
+        self._answer_languages(windows, asks, spoken)
 
-    def _listened(self, windows: list[Window]) -> Tensor:
-        """`_spoken` of windows that are in no lane yet."""
-        return self._spoken(self._model.first_logits(self._hidden(windows), self._tokenizer.sot))
+    def _answer_languages(self, windows: list[Window], asks: list[_Ask], spoken: Tensor) -> None:
+        self._tell_languages(windows, asks, spoken)
 
     def _spoken(self, logits: Tensor) -> Tensor:
         """How likely each of the tokenizer's languages is, among them alone: [b, languages].
@@ -329,7 +330,6 @@ class Scheduler:
     def _tell_languages(self, windows: list[Window], asks: list[_Ask], spoken: Tensor) -> None:
         every = dict(zip(windows, spoken.double().cpu().numpy(), strict=True))
         answers = {w: heard for w, heard in zip(windows, self._likeliest(spoken), strict=True) if heard is not None}
-        self._detects = deque(ask for ask in self._detects if ask not in asks)
         for window, answer in answers.items():
             self._remember_language(window, answer)
         for ask in asks:

@@ -23,6 +23,7 @@ from pipeline.engine.decoding import Decode, Sampler, Span, Window
 from pipeline.engine.device import Cuda, Host
 from pipeline.engine.features import N_SAMPLES, Cut, LogMel
 from pipeline.engine.local import LocalEngine
+from pipeline.engine.model import WhisperModel
 from pipeline.engine.pipelined import (
     LENGTH_BUCKETS,
     Encoder,
@@ -133,6 +134,24 @@ def test_out_of_memory_begins_again_with_half_the_lanes(
         assert isinstance(small, LocalEngine)
         assert small.decode(pcms, PLAIN) == engine.decode(pcms, PLAIN)
         assert small._scheduler.n_lanes == 2
+
+
+def test_who_asks_for_a_language_as_memory_ends_is_answered(
+    engine: LocalEngine, pcms: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first_logits, calls = WhisperModel.first_logits, iter(range(1000))
+
+    def failing(self: WhisperModel, *arguments: Any) -> Any:
+        if next(calls) == 0:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return first_logits(self, *arguments)
+
+    expected = engine.decode(pcms, PLAIN)
+    monkeypatch.setattr(WhisperModel, "first_logits", failing)
+    config = EngineConfig("demo", device="cpu", dtype="float32", lanes=4, tuning=Tuning(static=True))
+    with load_engine(config) as small:
+        assert small.decode(pcms, PLAIN) == expected
+    assert next(calls) > 1
 
 
 # -- what a CUDA graph can hold --------------------------------------------------------------------------------
