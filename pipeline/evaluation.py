@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 
 from pipeline import references, scoring
 from pipeline.errors import MurmurError, UsageError
+from pipeline.finalize import table_paths
 from pipeline.output import Output
 from pipeline.references import Reference
 from pipeline.schema import shard_of
@@ -521,8 +522,7 @@ def _find(output: Output, ids: Sequence[str], with_reference: bool) -> Iterator[
     for name in ids:
         by_shard[shard_of(name, output.run.n_shards)].append(name)
     for shard, some in by_shard.items():
-        path = f"recordings/part-{shard:05d}-of-{output.run.n_shards:05d}.parquet"
-        with output.store.open(path) as file:
+        with output.store.open(table_paths(output, shard)["recordings"]) as file:
             yield from pq.read_table(file, columns=columns, filters=[("recording_id", "in", some)]).to_pylist()
 
 
