@@ -52,11 +52,14 @@ def _alive_nodes() -> set[str]:
 
 
 class Cluster:
-    """The Ray cluster of a run, joined or started when it is first needed; stopped again if it was started here."""
+    """The Ray cluster of a run, joined or started when it is first needed; stopped again if it was started here.
 
-    def __init__(self, config: RayConfig) -> None:
+    `niceness` is that of the workers of one that is started here; Ray's own 15 gives way to whatever else runs.
+    """
+
+    def __init__(self, config: RayConfig, niceness: int = 15) -> None:
         self.is_connected = False
-        self._config = config
+        self._config, self._niceness = config, niceness
         self._application: Application | None = None
         self._exit = ExitStack()
 
@@ -141,7 +144,7 @@ class Cluster:
                         num_cpus=self._config.num_cpus or max(LOCAL_CPUS, os.cpu_count() or 1),
                         object_store_memory=self._config.object_store_mb and self._config.object_store_mb << 20,
                         include_dashboard=False,
-                        _system_config={"num_workers_soft_limit": _KEPT_WORKERS},
+                        _system_config={"num_workers_soft_limit": _KEPT_WORKERS, "worker_niceness": self._niceness},
                         _node_ip_address="127.0.0.1",  # no port of a local cluster is seen from outside
                         **common,
                     )

@@ -46,7 +46,7 @@ from pipeline.errors import (
     TooLongError,
     TooManyChannelsError,
 )
-from pipeline.machine import usable_cores
+from pipeline.machine import give_way, usable_cores
 from pipeline.manifest import public_uri
 from pipeline.sliced import SlicedStream
 from pipeline.source import Source
@@ -57,6 +57,7 @@ MAX_FILES = 1000  # that a process serves, whatever a codec has leaked by then
 GRACE_S = 60.0  # seconds that any file may take, and
 SLOWEST = 10.0  # times real time: a decoder slower than that is stuck
 _TRIES = 2  # of a file that ends the process it is decoded in
+_GIVES_WAY = 5  # niceness of a process above its starter's
 _START_S = 60.0  # seconds for a process to start, on a machine that is very busy
 _HEAD = 4096  # bytes in which a plain WAV's header ends
 _INHERITED = ("PATH", "LD_LIBRARY_PATH", "PYTHONHOME", "LANG", "LC_ALL")  # environment variables
@@ -393,8 +394,9 @@ class _Pool:
         """Begin anew, as a forked process must: what its parent has started is not its own."""
         self._lock = threading.Lock()
         self._idle: list[Decoder] = []
-        # A child is told of the end of the thread that started it, so that must be one that lasts.
-        self._starter = ThreadPoolExecutor(1, "decoder-starter")
+        # A child is told of the end of the thread that started it, so that must be one that lasts. They give way to who
+        # has started them: a server, beside which six that start take 2 s of processor time.
+        self._starter = ThreadPoolExecutor(1, "decoder-starter", give_way, (_GIVES_WAY,))
 
     def take(self, memory_mb: int, fresh: bool) -> Decoder:
         """An idle process or a new one; `fresh`: a new one in any case."""

@@ -38,6 +38,13 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def give_way(by: int) -> None:
+    """This thread, and the threads and processes that it starts, leave the processor to whoever else of us wants it:
+    `by` is added to its niceness, of 19 at most. Nothing is waited for where nobody wants it."""
+    if hasattr(os, "nice"):
+        os.nice(by)
+
+
 def has_bfloat16() -> bool:
     """Whether this processor multiplies bfloat16 faster than float32: AMX or AVX512-BF16. Only Linux says."""
     return has_amx() or "avx512_bf16" in _cpuinfo("flags").split()

@@ -35,7 +35,7 @@ from pipeline.engine import EngineConfig, EngineInfo, Heard, load_engine
 from pipeline.engine.checkpoint import model_fingerprint, read_json, resolve_model, revision_of
 from pipeline.engine.tokens import Tokenizer, check_options
 from pipeline.errors import ConfigError, EngineError
-from pipeline.machine import usable_cores
+from pipeline.machine import give_way, usable_cores
 from pipeline.served import ServedModel, deployment_name, plain_serve_errors
 from pipeline.types import DecodeOptions, Segment, Unit, UnitResult
 from serve_app.app import create_app
@@ -53,6 +53,9 @@ _PER_LANE = 1.25  # windows in an engine for each of its lanes, above which anot
 FRONT = "front"
 _LINES = 10_000
 _LOOK_EVERY_S = 0.5  # for the end of what is logged
+# Niceness of an engine on a CPU above the server's, which has to answer in milliseconds whatever is computed beside it.
+# Between them are the decoders (`pipeline.decoder`).
+_ENGINES_GIVE_WAY = 10
 
 
 class _Args(BaseModel):
@@ -140,6 +143,8 @@ class EngineReplica:
             folder = resolve_model(engine.model, engine.revision)
             self._tokenizer = Tokenizer.load(folder, read_json(folder, "config.json")["vocab_size"])
             weights, revision = model_fingerprint(folder), revision_of(folder, engine.revision)
+        if engine.device == "cpu":
+            give_way(_ENGINES_GIVE_WAY)
         self._engine = load_engine(engine)
         self._model = ServedModel(self._engine.info, weights, revision)
         self._prove()
@@ -420,7 +425,7 @@ def serve_here(configs: Sequence[Config], say: Callable[[str], None], verbose: b
     refuse_open(Tokens.find(configs[0].tokens_file), configs[0].host)
     for config in configs:
         _refuse_unknown(config)
-    with Cluster(configs[0].ray) as cluster:
+    with Cluster(configs[0].ray, niceness=0) as cluster:  # its clients may well be on this machine, and wait
         nodes = cluster.nodes()
         args = args_for(configs, sum(node.cpus for node in nodes), sum(node.gpus for node in nodes))
         name = configs[0].serve.app

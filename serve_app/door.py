@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.context import App, Context
 from serve_app.errors import Answer, NotReadyError, RefusedError, answer
+from serve_app.limits import BusyError
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +33,10 @@ OPEN = (
 OPEN_FOLDERS = ("/page/", "/docs/")
 LONGEST_METHOD = 16  # in a log line: a head has room for one of 32 KB
 LINGER_S, LINGER_BYTES = 2.0, 16 << 20
-ROUTES = ("/v1/inference/{model}", *(
-    f"{prefix}/{path}"
-    for prefix in ("/v1", "/v1/openai")
-    for path in ("audio/transcriptions", "audio/translations", "models")
-), "/models/list", "/v1/webhooks", *OPEN)  # fmt: skip
+WITH_AUDIO = ("/v1/inference/{model}", *(
+    f"{prefix}/audio/{task}" for prefix in ("/v1", "/v1/openai") for task in ("transcriptions", "translations")
+))  # fmt: skip
+ROUTES = (*WITH_AUDIO, "/v1/models", "/v1/openai/models", "/models/list", "/v1/webhooks", *OPEN)
 SAFE = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -68,11 +68,11 @@ class Door:
         try:
             with meters.in_flight.track_inprogress():
                 try:
-                    self._refuse(scope)
+                    self._refuse(scope, route)
                     await self._inner(scope, passage.receive, passage.send)
                 except ClientDisconnect:
                     context.kind = "gone"
-                except RefusedError as error:
+                except (RefusedError, BusyError) as error:
                     await self._say(error, scope, passage, context)
                 except asyncio.CancelledError:  # by the server, whose time to drain is over
                     if passage.status is None:
@@ -95,9 +95,8 @@ class Door:
             if route not in OPEN:
                 self._log(scope["method"], route, status, kind, passage.n_read, context)
 
-    @staticmethod
-    async def _say(error: Exception, scope: Scope, passage: _Passage, context: Context) -> None:
-        said = answer(error, openai=is_openai(scope["path"]))
+    async def _say(self, error: Exception, scope: Scope, passage: _Passage, context: Context) -> None:
+        said = answer(error, openai=is_openai(scope["path"]), busy_status=self._app.limits.busy_status)
         context.kind = said.kind
         await passage.answer(said)
 
@@ -111,8 +110,9 @@ class Door:
         )
         log.info("%s %s: %s (%s), %s", method[:LONGEST_METHOD], route, status, context.id, more, extra=said)
 
-    def _refuse(self, scope: Scope) -> None:
-        """Raises what is refused whatever the route: before anything of the body is read."""
+    def _refuse(self, scope: Scope, route: str) -> None:
+        """Raises what is refused whatever the route, and who comes with audio while there is no room: before anything
+        of the body is read, and by three layers less than the route would, since many are refused at once."""
         headers = Headers(scope=scope)
         path = scope["path"]
         is_open = path in OPEN or path.startswith(OPEN_FOLDERS)
@@ -122,6 +122,8 @@ class Door:
             raise RefusedError(400, "Content-Length and Transfer-Encoding exclude each other")
         if headers.get("content-encoding", "identity").strip().lower() not in ("identity", ""):
             raise RefusedError(415, "Content-Encoding: bodies are taken as they are only")
+        if route in WITH_AUDIO and scope["method"] == "POST":
+            self._app.gate.refuse_arrival()
 
 
 class _Passage:

@@ -87,7 +87,7 @@ class Gate:
         return sum(min(max(1, ticket.windows), most) for ticket in self._tickets)
 
     def refuse_if_full(self) -> None:
-        """Raises `BusyError`. Asked before a body is read, too: who is refused anyway need not send it."""
+        """Raises `BusyError`."""
         outstanding = self.outstanding
         if outstanding >= self.in_flight + self.queued:
             raise BusyError(
@@ -95,18 +95,24 @@ class Gate:
                 self.pause_s(),
             )
 
-    @contextmanager
-    def arriving(self) -> Iterator[None]:
-        """A request whose body is read, for the body of the statement. Raises `BusyError`: at once where others are
-        refused, and where twice as many as there is room for have begun in the last second. Who takes longer over a
-        body does not count: slow clients may not keep the others out."""
+    def refuse_arrival(self) -> None:
+        """Raises `BusyError` before a body is read, which who is refused anyway need not send.
+
+        Refused are requests where others are refused, and where twice as many as there is room for have begun in the
+        last second. Who takes longer over a body does not count: slow clients may not keep the others out.
+        """
         self.refuse_if_full()
         now = time.monotonic()
         fresh = sum(now - began < FRESH_S for began in self._arrivals.values())
         if self.outstanding + fresh >= 2 * (self.in_flight + self.queued):
             raise BusyError(f"busy: {fresh} requests are arriving, and there is not room for so many", self.pause_s())
+
+    @contextmanager
+    def arriving(self) -> Iterator[None]:
+        """A request whose body is read, for the body of the statement. Raises `BusyError`."""
+        self.refuse_arrival()
         key = object()
-        self._arrivals[key] = now
+        self._arrivals[key] = time.monotonic()
         try:
             yield
         finally:

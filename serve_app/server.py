@@ -38,6 +38,7 @@ class HttpServer:
             lifespan="on",
             log_config=None,
             access_log=False,
+            proxy_headers=False,  # nobody's address is looked at
             server_header=False,
             timeout_keep_alive=IDLE_S,
             timeout_graceful_shutdown=max(1, round(drain_s)),

@@ -173,16 +173,22 @@ def _side_by_side(plan: Plan, ours: Entry, specs: Iterator[Spec]) -> Figures:
     """Several engines on the one device, all the windows in each, beside the one that has it alone."""
     spec = next(spec for spec in specs if spec.library == "ours")
     share = max(1, plan.n_threads // plan.processes)
-    alone = [_ask(ours, plan.windows, plan.tokens, ours.setting) for _ in range(plan.rounds)]
     with ExitStack() as stack:
         seats = [stack.enter_context(Seat(share)) for _ in range(plan.processes)]
         for seat in seats:
             seat.ask("load", replace(spec, threads=share))
             seat.ask("run", plan.windows, plan.tokens, ours.setting)
-        rounds = [_all_at_once(plan, ours, seats) for _ in range(plan.rounds)]
-    one = median(plan.windows / turn["wall_s"] for turn in alone)
-    together = median(plan.processes * plan.windows / turn["wall_s"] for turn in rounds)
-    return {"processes": plan.processes, "windows_per_s": together, "times_one": together / one}
+        rounds = [
+            (_ask(ours, plan.processes * plan.windows, plan.tokens, ours.setting), _all_at_once(plan, ours, seats))
+            for _ in range(plan.rounds)
+        ]
+    alone, together = zip(*rounds, strict=True)
+    windows = plan.processes * plan.windows
+    return {
+        "processes": plan.processes,
+        "windows_per_s": middle([windows / turn["wall_s"] for turn in together]),
+        "times_one": quotient(alone, together),
+    }
 
 
 def _all_at_once(plan: Plan, ours: Entry, seats: Sequence[Seat]) -> Figures:
@@ -190,9 +196,8 @@ def _all_at_once(plan: Plan, ours: Entry, seats: Sequence[Seat]) -> Figures:
     start = time.perf_counter()
     for seat in seats:
         seat.begin("run", plan.windows, plan.tokens, ours.setting)
-    for seat in seats:
-        seat.answer()
-    return {"wall_s": time.perf_counter() - start}
+    turns = [seat.answer() for seat in seats]
+    return {"wall_s": time.perf_counter() - start, "cpu_s": sum(turn["cpu_s"] for turn in turns)}
 
 
 def _missing(plan: Plan) -> dict[str, str]:

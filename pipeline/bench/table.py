@@ -90,8 +90,8 @@ def _lines(figures: Figures) -> Iterator[str]:
         ceiling, reached = floors["ceiling_rtfx"], floors["share_of_ceiling"]
         yield f"share of the device's limits: {shares}; all in all {reached:.0%} of RTFx {ceiling:.0f}"
     if processes := figures.get("processes"):
-        many, rate, times = (processes[key] for key in ("processes", "windows_per_s", "times_one"))
-        yield f"{many} processes at once: {rate:.2f} windows a second, {times:.2f} times those of one"
+        rate, times = (processes[key]["median"] for key in ("windows_per_s", "times_one"))
+        yield f"{processes['processes']} processes at once: {rate:.2f} windows a second, {times:.2f} times those of one"
     memory = figures["memory"]
     yield (
         f"memory: {memory['lanes']} lanes of {memory['lane_bytes'] / 1e6:.1f} MB, "

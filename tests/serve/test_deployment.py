@@ -6,9 +6,11 @@ import json
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import requests
 from application import EN_FIVE
@@ -34,7 +36,8 @@ def test_killed_replica_and_drained_server() -> None:
         before = post(served).json()
         running = pool.submit(post, served)
         time.sleep(1.0)
-        (replica,) = served.processes()["engine"]
+        (replica,), (front,) = (served.processes()[kind] for kind in ("engine", "front"))
+        assert niceness(replica) > niceness(front) == 0  # who computes gives way to who answers
         replica.kill()
         answer = running.result()
         assert answer.status_code == 200, answer.text
@@ -53,6 +56,12 @@ def test_killed_replica_and_drained_server() -> None:
     assert [one["status"] for one in requests_said] == ["200"] * 3
     assert before["request_id"] in {one["request"] for one in requests_said}
     assert before["text"].split()[0] not in "".join(served.lines)
+
+
+def niceness(process: psutil.Process) -> int:
+    """Of the thread that gives way most: on Linux each has its own."""
+    stats = [path.read_text().rpartition(")")[2].split() for path in Path(f"/proc/{process.pid}/task").glob("*/stat")]
+    return max(int(fields[16]) for fields in stats)
 
 
 def _streamed(url: str) -> list[dict[str, Any]]:
