@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from audio_files import tone, write_wav
 from commands import FAKE, command, last_json, murmur
@@ -175,7 +176,10 @@ def dashboard() -> Iterator[str]:
         wait_for(address, cluster, Path(folder) / "said.txt")
         yield address
     finally:
-        cluster.send_signal(signal.SIGTERM)
+        # Killed: to SIGTERM `ray start` answers by waiting for half a minute for its own processes.
+        for process in (*psutil.Process(cluster.pid).children(recursive=True), cluster):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         cluster.wait(90)
         shutil.rmtree(folder, ignore_errors=True)
 
