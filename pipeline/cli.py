@@ -288,6 +288,10 @@ def export_command(
     output: OutputArgument,
     format: Annotated[ExportFormat, typer.Option(help="nemo: one manifest; else a file for each recording.")],
     to: Annotated[str, typer.Option(metavar="DIR", help="Where the files go: a folder, or a URI of one.")],
+    root: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="Of the audio: DIR/sub/talk.srt for FOLDER/sub/talk.mp3. Else by ids."),
+    ] = None,
     partial: Annotated[bool, typer.Option("--partial", help="Of an unfinished run, what is there.")] = False,
     include_failed: Annotated[
         bool, typer.Option("--include-failed", help="Also recordings that failed, as far as they were decoded.")
@@ -340,6 +344,8 @@ def export_command(
     )  # fmt: skip
     if rules and format.value not in exporting.SUBTITLES:
         raise UsageError(f"--{next(iter(rules)).replace('_', '-')} is for srt and vtt, not for {format.value}")
+    if root is not None and format is ExportFormat.nemo:
+        raise UsageError("--root is for a file for each recording; nemo writes one manifest")
     criteria = _given(
         min_avg_logprob=min_avg_logprob, max_compression_ratio=max_compression_ratio,
         max_no_speech_prob=max_no_speech_prob, min_duration_s=min_duration_s, max_duration_s=max_duration_s,
@@ -349,8 +355,9 @@ def export_command(
     )  # fmt: skip
     selection = dataclasses.replace(PRESETS[preset.value] if preset else Selection(), **criteria)
     done = exporting.export(
-        _open(output), format.value, to, selection, Rules(**rules), partial=partial, include_failed=include_failed
-    )
+        _open(output), format.value, to, selection, Rules(**rules), partial=partial, include_failed=include_failed,
+        root=root,
+    )  # fmt: skip
     console = _console(as_json)
     for line in done.lines():
         console.print(line, markup=False, highlight=False)

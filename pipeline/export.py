@@ -1,11 +1,12 @@
 """`murmur export`: the tables as one file per recording (txt, srt, vtt, tsv, json), or as one NeMo manifest.
 
     DIR/NAME.srt            a recording; of `channels: split` a channel, DIR/NAME~0.srt and so on
+    DIR/calls/talk.srt      with `root`: a recording whose audio lies at ROOT/calls/talk.mp3
     DIR/index-srt.jsonl     recording_id → file, what was exported in the order of the tables
     DIR/manifest.jsonl      format nemo: a line a segment
 
-Files are written whole or not at all, under names that only the ids decide, so that the same command again brings them
-up to date. What an earlier one left under other names stays.
+Files are written whole or not at all, under names that the same command gives again, so that it brings them up to date.
+What an earlier one left under other names stays.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import re
 import tempfile
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
@@ -25,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 
 from pipeline import formats, names, subtitles
 from pipeline.entries import to_numpy
@@ -35,7 +37,7 @@ from pipeline.selection import Rows, Selection
 from pipeline.store import Store
 from pipeline.subtitles import Rules
 from pipeline.tables import Tables, open_tables
-from pipeline.types import Segment, Transcript, seconds
+from pipeline.types import Recording, Segment, Transcript, seconds
 
 MANIFEST = "manifest.jsonl"
 SUBTITLES: dict[str, Callable[..., str]] = {"srt": formats.srt, "vtt": formats.vtt}
@@ -102,15 +104,22 @@ def export(
     *,
     partial: bool = False,
     include_failed: bool = False,
+    root: str | None = None,
 ) -> Exported:
     """Write the selected segments of an output's recordings into the folder `to`, on any store.
 
+    Files are named by the recordings' ids or, with `root`, as the audio lies in that folder.
+
     Recordings that failed are left out, or exported as far as they were decoded. Holds one recording at a time, a few
     files on their way, and eight bytes for every id. Raises `OutputError` where the output is not complete (see
-    `open_tables`) or nothing can be written, `StoreError` where a store gives way.
+    `open_tables`) or nothing can be written, `UsageError` where audio lies elsewhere than in `root`, `StoreError` where
+    a store gives way.
     """
     tables = open_tables(output, partial=partial)
     store = _destination(to, output)
+    if root is not None and _folder(root) == store.uri:
+        raise UsageError(f"--to {to}: the folder of the audio itself, where files of yours could be replaced")
+    naming = _ById(tables) if root is None else _ByPlace(tables, _folder(root))
     selection, rules = selection or Selection(), rules or Rules()
     done = Exported(format, str(store), partial=not tables.success.complete)
     everything = tables.transcripts(words=format in WITH_WORDS, tokens=format == "json")
@@ -121,7 +130,7 @@ def export(
             store.put_whole(MANIFEST, Path(lines.name))
             done.files = 1
         else:
-            done.files = store.put_all(_files(chosen, tables, format, rules, lines, done))
+            done.files = store.put_all(_files(chosen, output, naming, format, rules, lines, done))
             lines.flush()
             store.put_whole(index_name(format), Path(lines.name))
     return done
@@ -193,18 +202,22 @@ def _chosen(
 
 
 def _files(
-    chosen: Iterator[_Chosen], tables: Tables, format: str, rules: Rules, index: IO[str], done: Exported
+    chosen: Iterator[_Chosen],
+    output: Output,
+    naming: _ById | _ByPlace,
+    format: str,
+    rules: Rules,
+    index: IO[str],
+    done: Exported,
 ) -> Iterator[tuple[str, bytes]]:
     """(name, content) of each file; a line of the index for each."""
-    alike = _alike(tables.ids())
-    split = _is_split(tables.output)
-    task = tables.output.run.settings.get("task", "transcribe")
+    split = _is_split(output)
+    task = output.run.settings.get("task", "transcribe")
     for one in chosen:
         recording_id = one.transcript.recording.id
-        told_apart = _folded(recording_id) in alike
         for channel, transcript in _by_channel(one.transcript, split and format in PER_CHANNEL):
             ending = f".{format}" if channel is None else f"~{channel}.{format}"
-            name = names.file_name(recording_id, ending, told_apart=told_apart)
+            name = naming.name(one.transcript.recording, ending)
             about = {"recording_id": recording_id, "file": name, **({} if channel is None else {"channel": channel})}
             _put_line(index, {**about, "segments": len(transcript.segments), "language": transcript.language})
             if format in SUBTITLES:
@@ -216,14 +229,51 @@ def _files(
             yield name, text.encode()
 
 
-def _alike(ids: Iterator[str]) -> set[int]:
-    """The hashes of names that a file system blind to case or composition would take for one another."""
-    hashes, counts = np.unique(np.fromiter(map(_folded, ids), np.int64), return_counts=True)
+class _ById:
+    """Flat names, that only the ids decide."""
+
+    def __init__(self, tables: Tables) -> None:
+        self._alike = _repeated(map(names.folded, tables.column("recording_id")))
+
+    def name(self, recording: Recording, ending: str) -> str:
+        told_apart = _hash(names.folded(recording.id)) in self._alike
+        return names.file_name(recording.id, ending, told_apart=told_apart)
+
+
+class _ByPlace:
+    """Names as the audio lies in the folder `root`; raises `UsageError` for what does not."""
+
+    def __init__(self, tables: Tables, root: str) -> None:
+        self._root = root
+        ways = (set(map(names.folded_path, names.beside(self._path(uri)))) for uri in tables.column("uri"))
+        self._alike = _repeated(way for some in ways for way in some)
+
+    def name(self, recording: Recording, ending: str) -> str:
+        ways = names.beside(self._path(recording.uri))
+        alone = [way for way in ways if _hash(names.folded_path(way)) not in self._alike]
+        return names.path_name((alone or ways[-1:])[0], recording.id, ending, told_apart=not alone)
+
+    def _path(self, uri: str) -> str:
+        path = uri.removeprefix(f"{self._root}/")
+        if path == uri or {"", ".", ".."} & set(path.split("/")):
+            raise UsageError(f"--root {self._root}: {redact(uri)} does not lie in it; without --root files go by ids")
+        return path
+
+
+def _folder(uri: str) -> str:
+    """A folder as the tables write what lies in it."""
+    fs, path = filesystem(uri)
+    return (path if isinstance(fs, LocalFileSystem) else uri).rstrip("/")
+
+
+def _repeated(texts: Iterable[str]) -> set[int]:
+    """The hashes of those that come more than once."""
+    hashes, counts = np.unique(np.fromiter(map(_hash, texts), np.int64), return_counts=True)
     return set(hashes[counts > 1].tolist())
 
 
-def _folded(recording_id: str) -> int:
-    digest = hashlib.blake2b(names.folded(recording_id).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+def _hash(text: str) -> int:
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True)
 
 

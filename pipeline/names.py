@@ -8,6 +8,9 @@ some file systems would make another one. What stands behind a `~`, which no id 
     call%20%2342.srt          the id `call #42`
     Call~u1f0c2d9a.srt        one of several ids that a file system blind to case or composition would take for one
     s3%3A%2F%2F...~x8 bytes   an id too long for a name: cut, and to be found in the index alone
+
+Or as the audio lies in its folder, for a player that looks for `calls/a talk.srt` where it plays `calls/a talk.mp3`:
+such names are the audio's own, which its file system took, and only the index leads back from them.
 """
 
 from __future__ import annotations
@@ -49,7 +52,30 @@ def recording_id(name: str) -> str | None:
 
 def folded(recording_id: str) -> str:
     """What is left of a name where neither case nor composition counts: the same for ids that need telling apart."""
-    return unicodedata.normalize("NFD", unicodedata.normalize("NFD", "".join(_pieces(recording_id))).casefold())
+    return folded_path("".join(_pieces(recording_id)))
+
+
+def folded_path(path: str) -> str:
+    """The same for a name that is already one."""
+    return unicodedata.normalize("NFD", unicodedata.normalize("NFD", path).casefold())
+
+
+def beside(path: str) -> tuple[str, str]:
+    """What a file that lies as the audio at `path` may be named, without its ending: without the audio's extension,
+    or, where that is another's name too, with it. `path` is relative, with slashes."""
+    folder, slash, name = path.rpartition("/")
+    stem = name.rpartition(".")[0]
+    return f"{folder}{slash}{stem or name}", path
+
+
+def path_name(path: str, recording_id: str, ending: str, *, told_apart: bool = False) -> str:
+    """The path of a recording's file: one that `beside` gave, and `ending`; told apart and cut as in `file_name`."""
+    ending = f"~{_TOLD_APART}{_hash(recording_id, 4)}{ending}" if told_apart else ending
+    folder, slash, name = path.rpartition("/")
+    if len(name.encode("utf-8", "surrogatepass")) + len(ending) > MAX_BYTES:
+        ending = f"~{_CUT}{_hash(recording_id, 8)}{ending}"
+        name = name.encode("utf-8", "surrogatepass")[: MAX_BYTES - len(ending)].decode("utf-8", "ignore")
+    return f"{folder}{slash}{name}{ending}"
 
 
 def _pieces(text: str) -> list[str]:

@@ -43,12 +43,12 @@ class Tables:
     output: Output
     success: Success
 
-    def ids(self) -> Iterator[str]:
-        """Every recording's id, of whatever status."""
+    def column(self, name: str) -> Iterator[str]:
+        """Every recording's `recording_id` or `uri`, of whatever status."""
         for shard in range(self.success.n_shards):
             with ExitStack() as stack:
-                for row in self._rows("recordings", shard, ["recording_id"], stack):
-                    yield row["recording_id"]
+                for row in self._rows("recordings", shard, [name], stack):
+                    yield row[name]
 
     def transcripts(self, *, words: bool, tokens: bool) -> Iterator[Transcript]:
         """Every recording, with words and tokens only if asked for.

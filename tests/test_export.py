@@ -155,6 +155,36 @@ def test_awkward_names_survive(make: Callable[..., Output], tmp_path: Path, form
 # ---- what is exported
 
 
+def at(uri: str, id: str = "") -> UnitResult:
+    return ok(id or uri, recording=Recording(id or uri, uri))
+
+
+def test_names_as_the_audio_lies(make: Callable[..., Output], tmp_path: Path) -> None:
+    """Where a player looks for them; the extension stays where two would be one, a hash tells slices apart."""
+    calls = [f"calls/{name}" for name in ("x.wav", "x.mp3", "x.mp3.ogg", "Y.wav", "y.ogg")]
+    audio = ['a "b" #1?.wav', "e\u0301.wav", *calls]
+    results = [at(f"{tmp_path}/talks/{name}") for name in audio]
+    slices = [at(f"{tmp_path}/talks/long.wav", id) for id in ("one", "two")]
+    export(make(*results, *slices), "srt", str(tmp_path / "to"), root=f"{tmp_path}/talks/")
+    found = {path.relative_to(tmp_path / "to").as_posix() for path in (tmp_path / "to").rglob("*.srt")}
+    assert {name for name in found if "~" not in name} == {
+        'a "b" #1?.srt', "calls/x.wav.srt", "calls/x.mp3.ogg.srt", "calls/Y.wav.srt", "calls/y.ogg.srt", "e\u0301.srt",
+    }  # fmt: skip
+    told_apart = sorted(name.partition("~u")[0] for name in found if "~" in name)
+    assert told_apart == ["calls/x.mp3", "long.wav", "long.wav"]  # x.mp3 is what x.mp3.ogg might be, too
+    files = index(tmp_path / "to", "srt")
+    assert len(files) == len(found) == len(audio) + 2
+    assert all(file.exists() for file in files.values())
+
+
+def test_names_as_the_audio_lies_want_it_there(make: Callable[..., Output], tmp_path: Path) -> None:
+    output = make(at(f"{tmp_path}/talks/a.wav"), at("/else/where.wav"))
+    with pytest.raises(UsageError, match=r"/else/where.wav does not lie in it"):
+        export(output, "srt", str(tmp_path / "to"), root=f"{tmp_path}/talks")
+    with pytest.raises(UsageError, match="the folder of the audio itself"):
+        export(output, "txt", f"{tmp_path}/talks/", root=f"{tmp_path}/talks")
+
+
 def test_failed_recordings_are_counted(make: Callable[..., Output], tmp_path: Path) -> None:
     output = make(ok("a"), failed("b"), unreadable("c"), ok("silence", segments=()))
     done = export(output, "txt", str(tmp_path / "to"))
@@ -285,6 +315,7 @@ def test_the_command(make: Callable[..., Output], tmp_path: Path, told: Callable
         (["--format", "srt", "--to", "to", "--max-lines", "0"], "max_lines"),
         (["--format", "srt", "--to", "to", "--where", "no-such.parquet"], "no-such.parquet"),
         (["--format", "srt", "--to", "to", "--filter", "best"], "training"),
+        (["--format", "nemo", "--to", "to", "--root", "talks"], "--root is for a file for each recording"),
         (["--format", "srt", "--to", "to"], "not complete, 1 recordings are missing"),
     ],
 )

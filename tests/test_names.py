@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.names import MAX_BYTES, file_name, folded, recording_id
+from pipeline.names import MAX_BYTES, beside, file_name, folded, path_name, recording_id
 
 AWKWARD = [
     "plain-name_1.wav",
@@ -108,3 +108,27 @@ def test_a_disk_takes_them_all(tmp_path: Path) -> None:
     found = {path.read_bytes().decode(): recording_id(path.name) for path in tmp_path.iterdir()}
     assert len(found) == len(AWKWARD) + 2
     assert all(back in (text, None) for text, back in found.items())
+
+
+@pytest.mark.parametrize(
+    ("audio", "name"),
+    [
+        ("calls/a talk.mp3", "calls/a talk.srt"),
+        ('he said "hi" 100% #3?.wav', 'he said "hi" 100% #3?.srt'),
+        ("two\nlines.wav", "two\nlines.srt"),
+        ("a.b/no extension", "a.b/no extension.srt"),
+        (".hidden", ".hidden.srt"),
+        ("trailing..wav", "trailing..srt"),
+    ],
+)
+def test_a_file_beside_the_audio(audio: str, name: str) -> None:
+    assert path_name(beside(audio)[0], "any id", ".srt") == name
+    assert path_name(beside(audio)[1], "any id", ".srt") == f"{audio}.srt"
+
+
+def test_a_name_beside_that_is_too_long_is_cut() -> None:
+    name = path_name("calls/" + "ä" * 127, "any id", ".json").removeprefix("calls/")
+    assert len(name.encode()) <= MAX_BYTES
+    assert name.startswith("ää")
+    assert "~x" in name
+    assert name != path_name("calls/" + "ä" * 127, "another", ".json").removeprefix("calls/")

@@ -67,7 +67,7 @@ def test_every_recording_comes_back(output: Output) -> None:
     tables = open_tables(finished(output, *RESULTS))
     found = {one.recording.id: one for one in tables.transcripts(words=True, tokens=True)}
     assert found == {result.recording.id: kept(stitch([result])) for result in RESULTS}
-    assert sorted(tables.ids()) == sorted(found)
+    assert sorted(tables.column("recording_id")) == sorted(found)
     assert found["talk"].text == "Hello there.你好吗？  two  blanks"
 
 
