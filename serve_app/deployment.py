@@ -12,6 +12,7 @@ decodes audio, and needs CPUs; engines need what their models need.
 
 # No `from __future__ import annotations`: Serve checks an application's `args` by the type that `build_app` names.
 import asyncio
+import logging
 import math
 import os
 import threading
@@ -425,6 +426,8 @@ def serve_here(configs: Sequence[Config], say: Callable[[str], None], verbose: b
     refuse_open(Tokens.find(configs[0].tokens_file), configs[0].host)
     for config in configs:
         _refuse_unknown(config)
+    if not verbose:
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # how it starts, in its own words
     with Cluster(configs[0].ray, niceness=0) as cluster:  # its clients may well be on this machine, and wait
         nodes = cluster.nodes()
         args = args_for(configs, sum(node.cpus for node in nodes), sum(node.gpus for node in nodes))

@@ -134,7 +134,9 @@ export function explain(status, body, retryAfter) {
   return say("The server failed on this recording.", REPORT);
 }
 
+// A stream's head is out before the file is looked at, so that a refusal may be its first event.
 function explainError(error) {
+  if (error.type === "invalid_request_error") return explain(400, JSON.stringify({ error }));
   return {
     title: "The server stopped before the end.",
     detail: "What came before is below. Try again to have all of it.",

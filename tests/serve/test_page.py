@@ -62,7 +62,8 @@ class Stub:
     token: str = ""  # what it asks for
     refusal: tuple[int, dict[str, Any], dict[str, str]] | None = None  # status, error, headers: instead of a stream
     refuses_unread: bool = False  # what is sent, as too large
-    breaks: str = ""  # a stream ends after its first segment: with an "error" event, "cut" off, or a quiet "end"
+    breaks: str = ""  # a stream ends after its first segment: with an "error" event, "cut" off, or a quiet "end";
+    # "unreadable": it has none
     reads: threading.Event = field(default_factory=threading.Event)  # bodies are read
     goes_on: threading.Event = field(default_factory=threading.Event)  # streams go on after their first segment
     hung_up: threading.Event = field(default_factory=threading.Event)  # a client left before the end
@@ -115,6 +116,12 @@ class Stub:
         ended = False
         try:
             for number, one in enumerate(whole["segments"]):
+                if self.breaks == "unreadable":
+                    message = "audio: no audio in this file"
+                    refused = {"message": message, "type": "invalid_request_error", "param": None, "code": "refused"}
+                    yield event({"error": refused})
+                    ended = True
+                    return
                 if number == 1:
                     while not self.goes_on.is_set():
                         yield ": ping\n\n"
@@ -556,6 +563,13 @@ def test_a_stream_that_breaks_leaves_what_came(opened: Page, server: Stub, talk:
         expect(opened.locator("#problem")).to_contain_text("The server says: the engine died")
     expect(rows(opened)).to_have_count(1)
     expect(opened.get_by_text("Incomplete: the text ends at 0:02")).to_be_visible()
+
+
+def test_a_file_that_turns_out_to_be_no_audio(opened: Page, server: Stub, talk: Path) -> None:
+    server.breaks = "unreadable"
+    opened.set_input_files("#file", talk)
+    expect(opened.locator("#problem")).to_contain_text("The server cannot read this file as audio.")
+    expect(opened.locator("#problem")).to_contain_text("The server says: audio: no audio in this file")
 
 
 def test_a_file_that_has_gone_is_named(opened: Page, server: Stub, talk: Path) -> None:
