@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import ConfigError
-from pipeline.types import Algorithm, DecodeOptions, Task
+from pipeline.types import LANGUAGE, Algorithm, DecodeOptions, Task
 
 ENV_PREFIX = "MURMUR_"
 # Environment variables with our prefix that are not settings of this tree (`design.md` 7; tests' own switches).
@@ -175,13 +175,13 @@ class Config(_Frozen):
     @field_validator("language", mode="before")
     @classmethod
     def _norwegian(cls, value: Any) -> Any:
-        """YAML reads `no`, the code of Norwegian, as false."""
-        return "no" if value is False else value
+        """YAML reads `no`, the code of Norwegian, as false. Elsewhere, too, `DE` is `de`."""
+        return "no" if value is False else value.strip().lower() if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _agree(self) -> Config:
-        if self.language is not None and self.language != self.language.strip().lower():
-            raise ValueError(f"language: {self.language!r} is not a lower-case code such as 'en', nor 'window'")
+        if self.language is not None and not LANGUAGE.fullmatch(self.language):
+            raise ValueError(f"language: {self.language!r} is not a code such as 'en', nor 'window'")
         return self
 
     def decode_options(self) -> DecodeOptions:

@@ -38,7 +38,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pipeline import cells, tars
 from pipeline.errors import AudioError, ForbiddenError, ManifestError, NotFoundError, SourceError, redact
 from pipeline.tars import is_tar
-from pipeline.types import Recording, Task, samples
+from pipeline.types import LANGUAGE, Recording, Task, samples
 
 logger = logging.getLogger(__name__)
 
@@ -587,7 +587,13 @@ def _csv_header(cells: list[str], where: str, needed: Sequence[str]) -> list[str
     if "" in header or len(set(header)) < len(header):
         raise ManifestError(f"{where}: a column without a name, or two of one name")
     if not set(header) & set(needed):
-        raise ManifestError(f"{where}: no column {' or '.join(needed)}; is the first line the header?")
+        found = _short(", ".join(header))
+        commas = ", with commas between its columns" if len(header) == 1 else ""
+        raise ManifestError(
+            f"{where}: no column {' or '.join(needed)}, but {found}; is the first line the header{commas}?"
+        )
+    if cased := [name for name in header if name.lower() in _KEYS and name not in _KEYS]:
+        logger.warning("%s: %s: known columns are written in lower case; taken for metadata", where, ", ".join(cased))
     return header
 
 
@@ -721,8 +727,8 @@ def _text(row: Mapping[str, Any], key: str) -> str | None:
 
 def _language(row: Mapping[str, Any]) -> str | None:
     language = _text(row, "language")
-    if language is not None and not language.strip():
-        raise ValueError("language: a code such as 'en' was expected, not an empty text")
+    if language is not None and not LANGUAGE.fullmatch(language.strip().lower()):
+        raise ValueError(f"language: a code such as 'en' was expected, not {_short(language)}")
     return None if language is None else language.strip().lower()
 
 

@@ -9,6 +9,7 @@ and `Transcript`. This module imports numpy and nothing of ours.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,6 +20,8 @@ SAMPLE_RATE = 16_000
 VAD_FRAME = 512  # samples; Silero's hop at 16 kHz, 32 ms. Unit and span cuts lie on multiples of it.
 
 MAX_CHANNELS = 8  # that are transcribed apart: 7.1
+
+LANGUAGE = re.compile("[a-z]{2,3}|window")  # what a model's code looks like; which ones it has, its vocabulary says
 
 Algorithm = Literal["windows", "sequential"]
 Task = Literal["transcribe", "translate"]

@@ -65,7 +65,7 @@ def test_secrets_of_the_server_are_no_settings() -> None:
         (["device"], "expected key=value"),
         (["=1"], "expected key=value"),
         (["language=[unclosed"], "not a YAML value"),
-        (["language=DE"], "lower-case code"),
+        (["language=german"], "not a code such as 'en'"),
         (["vad=webrtc"], "vad: "),
         (["fake.faults=[{kind: loop, stage: decode}]"], "cannot happen"),
     ],
@@ -88,6 +88,10 @@ def test_a_file_that_is_none(tmp_path: Path, text: str, message: str) -> None:
         load_config(path, env={})
     with pytest.raises(ConfigError, match="No such file"):
         load_config(tmp_path / "none.yaml", env={})
+
+
+def test_a_language_in_capitals_is_that_language() -> None:
+    assert load_config(sets=["language=DE"], env={}) == load_config(sets=["language=de"], env={})
 
 
 def test_an_empty_file_sets_nothing(tmp_path: Path) -> None:

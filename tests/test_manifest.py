@@ -390,7 +390,10 @@ def test_csv(tmp_path: Path) -> None:
         (b'uri,text\n"a\nb",1\n"y.wav,2\n', ":4", "not CSV (unexpected end of data)"),
         (b'uri,text\nx.wav,"a"b\n', ":2", "not CSV"),
         (b"uri,id\nx.wav,1\n\xff.wav,2\n", ":3", "not UTF-8 (byte 1 of the line)"),
-        (b"x.wav,1\ny.wav,2\n", ":1", "is the first line the header?"),
+        (b"x.wav,1\ny.wav,2\n", ":1", "'x.wav, 1'; is the first line the header?"),
+        (b"uri;text\nx.wav;1\n", ":1", "'uri;text'; is the first line the header, with commas between its columns?"),
+        (b"uri\ttext\nx.wav\t1\n", ":1", "with commas between its columns?"),
+        (b"uri,language\nx.wav,German\n", ":2", "language: a code such as 'en' was expected, not 'German'"),
         (b"uri,uri\nx.wav,1\n", ":1", "two of one name"),
         (b"uri,\nx.wav,1\n", ":1", "a column without a name"),
         (b"uri,duration\nx.wav,1\ny.wav,ten\n", ":3", "duration: seconds from 0 up were expected, not 'ten'"),
@@ -404,6 +407,14 @@ def test_bad_csv(content: bytes, where: str, words: str, tmp_path: Path) -> None
     text = refusal(path)
     assert text.startswith(f"{path}{where}: ")
     assert words in text
+
+
+def test_a_column_in_capitals_is_metadata_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"uri,Text,LANGUAGE,Desk\nx.wav,hello,DE,7\n")
+    (recording,) = read(path)
+    assert (recording.reference, recording.language) == (None, None)
+    assert caplog.messages == [f"{path}:1: Text, LANGUAGE: known columns are written in lower case; taken for metadata"]
 
 
 def test_a_csv_cell_of_10_mb(tmp_path: Path) -> None:
