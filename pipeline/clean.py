@@ -49,6 +49,24 @@ class Rubbish:
     def to_json(self) -> dict[str, Any]:
         return {field.name: len(getattr(self, field.name)) for field in fields(self)}
 
+    def words(self) -> Iterator[str]:
+        """What a person is told: how many of what there is."""
+        for name, what in _WORDS.items():
+            if count := len(getattr(self, name)):
+                yield f"{count} {what}"
+
+
+_WORDS = {
+    "orphans": "of data that no ledger names",
+    "half_written": "half written",
+    "in_snapshot": "of the ledger that its snapshot holds too",
+    "superseded": "of superseded data",
+    "snapshots": "old snapshots",
+    "inputs": "old lists of inputs",
+    "probes": "probes of writing",
+    "todo": "lists of what was to do",
+}
+
 
 def clean(output: Output, *, dry_run: bool = False, sleep: Callable[[float], None] = time.sleep) -> Rubbish:
     """Remove it, or with `dry_run` only look, and return what that was.

@@ -163,8 +163,9 @@ def transcribe(
     console = _console(as_json)
     if dry_run:
         _finish(EXIT_OK, as_json, _show_estimate(inputs, output, config, console, check_inputs))
+    _warn_of_demo(config)
     summary = _run(inputs, output, config, console, check_inputs=check_inputs)
-    _show_end(summary, output, console)
+    _show_end(summary, output, config, console)
     _finish(summary.exit_code, as_json, summary.to_json())
 
 
@@ -184,7 +185,7 @@ def retry(
     config = load_config(sets=sets or (), base=_open(output).run.settings)
     logs.set_up(config.log_format, verbose=verbose)
     summary = _run(inputs or [], output, config, console, retry=True)
-    _show_end(summary, output, console)
+    _show_end(summary, output, config, console)
     _finish(summary.exit_code, as_json, summary.to_json())
 
 
@@ -232,8 +233,8 @@ def clean(
 
     logs.set_up(verbose=verbose)
     found = clean_up(_open(output), dry_run=dry_run)
-    words = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in found.to_json().items() if count)
-    _console(as_json).print(f"{'could be removed' if dry_run else 'removed'}: {words or 'nothing'}", highlight=False)
+    words = ", ".join(found.words()) or "nothing"
+    _console(as_json).print(f"{'could be removed' if dry_run else 'removed'}: {words}", highlight=False)
     _finish(EXIT_OK, as_json, found.to_json())
 
 
@@ -608,33 +609,47 @@ def _write(file: Path, text: str) -> None:
         raise UsageError(f"{file}: {error.strerror or error}") from None
 
 
-def _show_end(summary: Summary, output: str, console: Console) -> None:
+def _show_end(summary: Summary, output: str, config: Config, console: Console) -> None:
+    import shlex
+
     from pipeline import report
 
     result = _open(output)
     report.show_summary(summary, result, console)
     if summary.counts["failed"]:
         report.show_failures(result, console)
-        console.print(f"Try them again with: murmur retry {output}", markup=False, highlight=False)
-    console.print(f"Look closer with: murmur report {output} --html report.html", markup=False, highlight=False)
+        if summary.exit_code == EXIT_FAILED:
+            console.print(report.why_failed(summary.counts, config), highlight=False)
+        again = f"Once the cause is gone: murmur retry {shlex.quote(output)}"
+        console.print(again, markup=False, highlight=False)
+    closer = f"Look closer with: murmur report {shlex.quote(output)} --html report.html"
+    console.print(closer, markup=False, highlight=False)
+
+
+def _warn_of_demo(config: Config) -> None:
+    if (config.model, config.engine) == ("demo", "local"):
+        _say(
+            "The demo model knows a small synthetic vocabulary in three languages, and writes nonsense for real speech."
+        )
 
 
 def _show_estimate(
     inputs: Sequence[str], output: str, config: Config, console: Console, check_inputs: bool
 ) -> Mapping[str, Any]:
     from pipeline.job import estimate
-    from pipeline.report import hours
+    from pipeline.report import number_of
+    from pipeline.report_page import length
 
     found = estimate(inputs, output, config, check_inputs=check_inputs)
     lengths = []
     if found.hinted_s:
-        lengths.append(f"{hours(found.hinted_s)} as the manifest says")
+        lengths.append(f"{length(found.hinted_s)} as the manifest says")
     if found.guessed_s:
-        lengths.append(f"about {hours(found.guessed_s)} going by file sizes")
+        lengths.append(f"about {length(found.guessed_s)} going by file sizes")
     if found.unknown:
         lengths.append(f"{found.unknown} of unknown length")
     console.print(
-        f"{found.missing} of {found.inputs} recordings are to do{': ' if lengths else ''}{' and '.join(lengths)}",
+        f"{found.missing} of {number_of(found.inputs)} to do{': ' if lengths else ''}{' and '.join(lengths)}",
         highlight=False,
     )
     return dataclasses.asdict(found)
@@ -652,6 +667,7 @@ def _print_transcripts(
     objects, code = [], EXIT_OK
     with load_engine(engine_config(config)) as engine:
         _say(f"engine: {engine.info}")
+        _warn_of_demo(config)
         for transcript in _transcripts(recordings, engine, config):
             failure = dataclasses.asdict(transcript.failure) if transcript.failure else None
             status = {"id": transcript.recording.id, "status": transcript.status, "failure": failure}
@@ -752,7 +768,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with stop_on_signals(), _one_line_errors("--verbose" in arguments):
             app(arguments)
     except Stopped as stopped:
-        _say(f"murmur: {stopped}; what is committed stays, the same command goes on from there")
+        commits = arguments[:1] != ["serve"]
+        resume = "; what is committed stays, the same command goes on from there" if commits else ""
+        _say(f"murmur: {stopped}{resume}")
         sys.exit(stopped.exit_code)
 
 

@@ -115,8 +115,12 @@ def read_output(uri: str) -> Output:
 
 def _probe(store: Store) -> None:
     name = f"_run/{PROBE}{uuid.uuid4().hex}"
-    store.put(name, b"can this be written?\n")
-    store.delete(name)
+    try:
+        store.put(name, b"can this be written?\n")
+        store.delete(name)
+    except StoreError as error:  # without the probe's name, which means nothing to anybody
+        reason = str(error).removeprefix(f"cannot write {store}/{name}: ")
+        raise OutputError(f"output {store}: cannot write there: {reason}") from None
 
 
 def _read_run(store: Store) -> Run | None:
@@ -154,7 +158,10 @@ def refuse_mismatch(store: Store, run: Run, keys: Mapping[str, Any]) -> None:
         if run.keys.get(key, unset) != keys.get(key, unset)
     ]
     if differing:
-        raise OutputMismatchError(f"output {store} was begun with other settings: {'; '.join(differing)}")
+        raise OutputMismatchError(
+            f"output {store} was begun with other settings: {'; '.join(differing)}; go on with those, or give another"
+            " --output"
+        )
 
 
 def _plain(value: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from pipeline.entries import begins
 from pipeline.errors import MurmurError
 from pipeline.ledger import Ledger
 from pipeline.output import Output
-from pipeline.report import hours
+from pipeline.report_page import length
 from pipeline.stopwatch import Rate
 from pipeline.types import seconds
 
@@ -178,6 +178,8 @@ class _Watch:
 
     def _left_s(self, now: Step) -> float | None:
         rate = self._rate.overall()
+        if now.done >= self._standing.total:  # lengths by file sizes may say otherwise
+            return 0.0
         if self._to_do_s is not None and rate > 0:
             return max(0.0, self._to_do_s - now.audio_s) / rate
         if now.done and rate > 0:
@@ -226,7 +228,7 @@ def _bar(total: int, console: Console) -> Iterator[Callable[[Step, Pace], None]]
         task = bar.add_task("recordings", total=total, extra="")
 
         def show(now: Step, pace: Pace) -> None:
-            extra = f"{hours(now.audio_s)}, {pace}" + (f", {now.failed} failed" if now.failed else "")
+            extra = f"{length(now.audio_s)}, {pace}" + (f", {now.failed} failed" if now.failed else "")
             bar.update(task, completed=now.done, extra=extra)
 
         yield show
@@ -236,7 +238,7 @@ def _bar(total: int, console: Console) -> Iterator[Callable[[Step, Pace], None]]
 def _log_line(total: int) -> Iterator[Callable[[Step, Pace], None]]:
     def show(now: Step, pace: Pace) -> None:
         log.info(
-            "%d of %d recordings, %s of audio, %d failed, %s", now.done, total, hours(now.audio_s), now.failed, pace
+            "%d of %d recordings, %s of audio, %d failed, %s", now.done, total, length(now.audio_s), now.failed, pace
         )
 
     yield show

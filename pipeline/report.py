@@ -24,6 +24,7 @@ from pipeline.figures import STAGES, Figures
 from pipeline.finalize import Success
 from pipeline.logs import one_line
 from pipeline.output import Output
+from pipeline.report_page import length
 from pipeline.scoring import Score, word_score
 
 
@@ -73,6 +74,16 @@ def exit_code(counts: Mapping[str, int], config: Config) -> int:
     return EXIT_OK if counts["failed"] <= allowed and not counts["missing"] else EXIT_FAILED
 
 
+def why_failed(counts: Mapping[str, int], config: Config) -> str:
+    """The sentence to exit code 3."""
+    if counts["missing"]:
+        return f"exit code {EXIT_FAILED}: {number_of(counts['missing'])} missing"
+    return (
+        f"exit code {EXIT_FAILED}: {counts['failed']} of {number_of(counts['inputs'])} failed, more than"
+        f" max_failed_fraction ({config.max_failed_fraction:g}) allows"
+    )
+
+
 # ---- tables of a finished or running output
 
 
@@ -90,13 +101,13 @@ def recordings_table(output: Output, columns: Sequence[str] | None = None) -> pa
 
 def show_summary(summary: Summary, output: Output, console: Console) -> None:
     """What the run did and how long that took, whether every second is accounted for, what failed most."""
-    console.print(f"{counted(summary.counts)}; {hours(summary.audio_s)} of audio")
+    console.print(f"{counted(summary.counts)}; {length(summary.audio_s)} of audio")
     work = summary.work
     if work is None:
         console.print("nothing was left to do")
     else:
         console.print(
-            f"this run: {hours(work.audio_s)} of audio in {work.wall_s:.1f} s, RTFx {work.rtfx:.1f}"
+            f"this run: {length(work.audio_s)} of audio in {work.wall_s:.1f} s, RTFx {work.rtfx:.1f}"
             f" (wall clock from the first decode to the last commit; {work.pools})"
         )
         console.print(
@@ -120,10 +131,6 @@ def counted(counts: Mapping[str, int]) -> str:
 
 def number_of(recordings: int) -> str:
     return "1 recording" if recordings == 1 else f"{recordings} recordings"
-
-
-def hours(audio_s: float) -> str:
-    return f"{audio_s:.1f} s" if audio_s < 600 else f"{audio_s / 3600:.2f} h"
 
 
 def show_recordings(output: Output, console: Console, limit: int = 50) -> None:
@@ -178,7 +185,7 @@ def show_failures(output: Output, console: Console, limit: int = 20) -> None:
     """What failed and why, a line a recording."""
     rows = _failed(output)
     for row in rows.slice(0, limit).to_pylist():  # of what may be all of a large run
-        line = f"{row['recording_id']}: {row['error_kind']}: {row['error_message']}"
+        line = f"{row['recording_id']}: {row['error_kind']}: {report_page.reason(row)}"
         console.print(one_line(line), style="red", markup=False, highlight=False)
     if len(rows) > limit:
         console.print(f"... and {len(rows) - limit} more: see `error_message` in {output.store}/recordings")
@@ -200,7 +207,7 @@ def show_figures(found: Figures, console: Console) -> None:
         f" {counts['partial']} begun, {counts['waiting']} waiting"
     )
     console.print(
-        f"{hours(found.audio['committed_s'] or 0.0)} of audio committed, model {found.model}", highlight=False
+        f"{length(found.audio['committed_s'] or 0.0)} of audio committed, model {found.model}", highlight=False
     )
     if counts["ok"] + counts["failed"]:
         console.print(report_page.coverage_line(found.audio, found.unaccounted))
@@ -211,7 +218,7 @@ def show_figures(found: Figures, console: Console) -> None:
             console.print(table)
     for row in found.failures:
         for one in row["examples"]:
-            line = f"  {one['recording_id']}: {row['kind']}: {one['error_message']}"
+            line = f"  {one['recording_id']}: {row['kind']}: {report_page.reason(one)}"
             console.print(Text(one_line(line)), style="red", highlight=False)
     hint = "" if found.tables == "complete" else "; `murmur finalize` brings them up to date"
     console.print(f"tables: {found.tables}{hint}")
@@ -222,17 +229,17 @@ def _figure_tables(found: Figures) -> Iterator[Table]:
     stages = ((STAGES[name], f"{s:.1f} s", f"{100 * s / total:.0f} %") for name, s in found.stages.items() if s)
     yield _figure_table("time by stage, of all workers", "", "", rows=stages)
     languages = (
-        (row["language"], str(row["recordings"]), hours(row["audio_s"]), report_page.probability(row["probability"]))
+        (row["language"], str(row["recordings"]), length(row["audio_s"]), report_page.probability(row["probability"]))
         for row in found.languages
     )
     yield _figure_table("language", "recordings", "audio", "probability", rows=languages)
     flags = ((row["flag"], str(row["recordings"]), str(row["segments"])) for row in found.flags)
     yield _figure_table("flag", "recordings", "segments", rows=flags)
     uncovered = (
-        (row["recording_id"], hours(row["uncovered_speech_s"]), hours(row["speech_s"])) for row in found.coverage[:5]
+        (row["recording_id"], length(row["uncovered_speech_s"]), length(row["speech_s"])) for row in found.coverage[:5]
     )
     yield _figure_table("most speech without text", "without", "of", rows=uncovered)
-    slowest = ((row["recording_id"], hours(row["audio_s"]), f"{row['total_s']:.1f} s") for row in found.slowest[:5])
+    slowest = ((row["recording_id"], length(row["audio_s"]), f"{row['total_s']:.1f} s") for row in found.slowest[:5])
     yield _figure_table("slowest", "audio", "took", rows=slowest)
     failures = ((row["kind"], row["stage"], str(row["recordings"])) for row in found.failures)
     yield _figure_table("failed", "stage", "recordings", rows=failures)

@@ -76,9 +76,11 @@ class Findings:
             yield f"damaged: {one.path} {one.what}" + ("" if one.shard is None else f" (shard {one.shard})")
         for path in self.strays:
             yield f"not ours: {path}; readers take it for a part of the table, move it elsewhere"
-        yield f"{self.n_files} files of tables and {self.n_pieces} pieces of committed data were checked"
-        if self.orphans or self.half_written:
-            yield f"{self.orphans} orphans and {self.half_written} half-written objects: `murmur clean {uri}`"
+        well = ": all is as it was written" if self.is_well else ""
+        yield f"{self.n_files} files of tables and {self.n_pieces} pieces of committed data were checked{well}"
+        if stale := self.orphans + self.half_written:
+            objects = "1 object that nobody needs" if stale == 1 else f"{stale} objects that nobody needs"
+            yield f"{objects}: murmur clean {uri}"
         if self.to_redo:
             yield f"{self.to_redo} Units are not done any more: the same `murmur transcribe` does them again"
         if self.repaired:

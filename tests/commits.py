@@ -75,9 +75,9 @@ def failed(name: str, index: int = 0, last: bool = True, kind: str = "engine", *
     return ok(name, index, last, **{"segments": (), "skipped": (), "failure": failure, **fields})
 
 
-def unreadable(name: str, kind: str = "damaged_audio") -> UnitResult:
+def unreadable(name: str, message: str = "no frames", kind: str = "damaged_audio") -> UnitResult:
     """What a file that no decoder can read gives."""
-    failure = Failure(kind=kind, message="no frames", stage="decode", attempts=2)
+    failure = Failure(kind=kind, message=message, stage="decode", attempts=2)
     return UnitResult(Recording(id=name, uri=name), index=0, is_last=True, start=0, n_samples=0, failure=failure)
 
 

@@ -293,6 +293,10 @@ def test_the_command(tmp_path: Path) -> None:
     done = murmur("clean", output.store.uri, "--dry-run", "--json")
     assert json.loads(done.stdout)["probes"] == 1
     done = murmur("clean", output.store.uri)
-    assert (done.returncode, done.stderr, done.stdout) == (0, "", "removed: 1 in snapshot, 1 probes\n")
+    assert (done.returncode, done.stderr, done.stdout) == (
+        0,
+        "",
+        "removed: 1 of the ledger that its snapshot holds too, 1 probes of writing\n",
+    )
     assert read_ledger(output.store).resume().ok == {"a"}
     assert murmur("clean", output.store.uri).stdout == "removed: nothing\n"

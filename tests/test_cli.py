@@ -100,7 +100,7 @@ def test_a_file_that_fails_is_named_once(call: Callable[..., tuple[int, str, str
 
 def test_a_dry_run_says_only_what_it_knows(call: Callable[..., tuple[int, str, str]], clip: Path) -> None:
     code, out, _ = call("transcribe", clip, "--output", clip.parent / "out", "--dry-run", *FAKE)
-    assert (code, out) == (EXIT_OK, "1 of 1 recordings are to do: about 2.0 s going by file sizes\n")
+    assert (code, out) == (EXIT_OK, "1 of 1 recording to do: about 2.0 s going by file sizes\n")
     assert not (clip.parent / "out").exists()
 
 
@@ -113,6 +113,7 @@ def test_ray_that_does_not_start_in_time_is_told(
         raise Exception("The current node timed out during startup. This could happen because ...")
 
     monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # by a test before
     code, out, err = call("transcribe", clip, "--output", clip.parent / "out", *FAKE)
     assert (code, out) == (EXIT_FAILED, "")
     assert "Ray did not start" in err

@@ -153,3 +153,13 @@ def test_durations(seconds: float, text: str) -> None:
 def test_a_pace_in_words() -> None:
     assert str(Pace(12.34, 10.0, 3000.0)) == "RTFx 12.3 (10.0 overall), 50 min left"
     assert str(Pace(0.0, 0.0, None)) == "RTFx 0.0 (0.0 overall), time left unknown"
+
+
+def test_nothing_is_left_where_all_has_ended(
+    output: Output, quiet: Console, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither an unknown time, where all failed, nor what file sizes promised."""
+    monkeypatch.setattr(module, "LOG_EVERY_S", 0.01)
+    with caplog.at_level(logging.INFO, logger="pipeline"), progress(Standing(output, 1, 0), quiet, to_do_s=100.0):
+        put(output.store, unreadable("a"))
+    assert caplog.messages[-1].endswith("1 failed, RTFx 0.0 (0.0 overall), 0 s left")

@@ -41,6 +41,24 @@ def test_exit_codes(failed: int, missing: int, fraction: float, code: int) -> No
     assert report.exit_code({"inputs": 10, "failed": failed, "missing": missing}, config) == code
 
 
+def test_exit_code_3_is_explained() -> None:
+    config = load_config(overrides={"max_failed_fraction": 0.05}, env={})
+    said = report.why_failed({"inputs": 43, "failed": 4, "missing": 0}, config)
+    assert said == "exit code 3: 4 of 43 recordings failed, more than max_failed_fraction (0.05) allows"
+    assert report.why_failed({"inputs": 43, "failed": 4, "missing": 1}, config) == "exit code 3: 1 recording missing"
+
+
+def test_a_failed_file_is_named_once(output: Output) -> None:
+    put(output.store, unreadable("/talks/a.wav", "/talks/a.wav: the file is empty"))
+    finalize(output, use_ray=False)
+    for shown in (
+        said(lambda console: report.show_failures(output, console)),
+        said(lambda console: report.show_figures(figures(output), console)),
+    ):
+        (line,) = (line for line in shown.splitlines() if "empty" in line)
+        assert line.strip() == "/talks/a.wav: damaged_audio: the file is empty"
+
+
 def test_a_look_before_in_and_after_a_run(output: Output) -> None:
     def shown() -> str:
         return said(lambda console: report.show_figures(figures(output), console))
@@ -110,6 +128,6 @@ def test_tables_that_are_not_there(output: Output) -> None:
         report.show_recordings(output, Console())
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(3.14159, "3.1 s"), (599.9, "599.9 s"), (5400, "1.50 h")])
+@pytest.mark.parametrize(("seconds", "text"), [(3.14159, "3.1 s"), (599.9, "10.0 min"), (5400, "1.50 h")])
 def test_lengths(seconds: float, text: str) -> None:
-    assert report.hours(seconds) == text
+    assert report.length(seconds) == text
