@@ -86,4 +86,6 @@ def _as_asked(table: pa.Table, was: pa.Table, ask: bool, pool: ThreadPoolExecuto
 
 def _named(ids: tuple[str, ...]) -> str:
     names = ", ".join(ids[:_NAMED]) + (", ..." if len(ids) > _NAMED else "")
+    if len(ids) == 1:
+        return f"1 recording has other bytes now than when it was read ({names})"
     return f"{len(ids)} recordings have other bytes now than when they were read ({names})"

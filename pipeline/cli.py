@@ -621,9 +621,9 @@ def _show_end(summary: Summary, output: str, config: Config, console: Console) -
         if summary.exit_code == EXIT_FAILED:
             console.print(report.why_failed(summary.counts, config), highlight=False)
         again = f"Once the cause is gone: murmur retry {shlex.quote(output)}"
-        console.print(again, markup=False, highlight=False)
+        console.print(again, markup=False, highlight=False, soft_wrap=True)  # to be copied whole
     closer = f"Look closer with: murmur report {shlex.quote(output)} --html report.html"
-    console.print(closer, markup=False, highlight=False)
+    console.print(closer, markup=False, highlight=False, soft_wrap=True)
 
 
 def _warn_of_demo(config: Config) -> None:
@@ -768,9 +768,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with stop_on_signals(), _one_line_errors("--verbose" in arguments):
             app(arguments)
     except Stopped as stopped:
-        commits = arguments[:1] != ["serve"]
-        resume = "; what is committed stays, the same command goes on from there" if commits else ""
-        _say(f"murmur: {stopped}{resume}")
+        commits = any(one.startswith("--output") for one in arguments) or arguments[:1] != ["transcribe"]
+        resumes = commits and arguments[:1] != ["serve"]
+        _say(f"murmur: {stopped}{'; what is committed stays, the same command goes on from there' if resumes else ''}")
         sys.exit(stopped.exit_code)
 
 

@@ -380,6 +380,11 @@ def _listed(
         raise ManifestError(f"{place.name}: no audio files" + (f", only others ({counts})" if counts else ""))
     if others:
         logger.warning("%s: %d files taken, %d others left out (%s)", place.name, len(chosen), others.total(), counts)
+    strange = [path for path in chosen if not _is_utf8(path)]
+    if strange[1:]:  # one is named where its turn comes
+        raise ManifestError(
+            f"{place.name}: {len(strange)} file names are not UTF-8, the first one {_short(strange[0])}; rename them"
+        )
     for path in chosen:
         uri = place.child(path)
         if is_tar(path) or _suffix(path) in _MANIFESTS:
@@ -400,11 +405,18 @@ def _left_out(fs: Any, path: str, info: Mapping[str, Any], root: str, wanted: fr
     return None if is_tar(path) or _suffix(path) in wanted else _suffix(path) or "without extension"
 
 
-def _found(place: _Place, uri: str, info: Mapping[str, Any]) -> Recording:
+def _is_utf8(path: str) -> bool:
+    """A table holds no other names."""
     try:
-        uri.encode()
+        path.encode()
     except UnicodeEncodeError:
-        raise ManifestError(f"{place.name}: the file name {_short(uri)} is not UTF-8; rename it") from None
+        return False
+    return True
+
+
+def _found(place: _Place, uri: str, info: Mapping[str, Any]) -> Recording:
+    if not _is_utf8(uri):
+        raise ManifestError(f"{place.name}: the file name {_short(uri)} is not UTF-8; rename it")
     size, etag = _identity(info)
     return Recording(id=default_id(uri), uri=uri, source=place.name, size=size, etag=etag)
 

@@ -228,7 +228,8 @@ def _bar(total: int, console: Console) -> Iterator[Callable[[Step, Pace], None]]
         task = bar.add_task("recordings", total=total, extra="")
 
         def show(now: Step, pace: Pace) -> None:
-            extra = f"{length(now.audio_s)}, {pace}" + (f", {now.failed} failed" if now.failed else "")
+            said = f"{length(now.audio_s)}, {pace}" if now.audio_s else "nothing has ended yet"
+            extra = said + (f", {now.failed} failed" if now.failed else "")
             bar.update(task, completed=now.done, extra=extra)
 
         yield show

@@ -184,7 +184,7 @@ def test_a_whole_run_over_replaced_files(
     assert job.estimate([str(manifest)], uri, fake_config(vad="none"), check_inputs=True).missing == 1
     with caplog.at_level(logging.WARNING):
         again = run(check_inputs=True)
-    assert any("1 recordings have other bytes" in line and "(c1): done again" in line for line in caplog.messages)
+    assert any("1 recording has other bytes" in line and "(c1): done again" in line for line in caplog.messages)
     assert again.work is not None
     assert again.work.recordings == 1
     assert (again.counts["ok"], again.counts["missing"]) == (3, 0)

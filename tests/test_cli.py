@@ -19,6 +19,7 @@ from commands import FAKE, command, last_json, murmur
 
 from pipeline import cli
 from pipeline.errors import EXIT_FAILED, EXIT_MISMATCH, EXIT_OK, EXIT_USAGE
+from pipeline.signals import Stopped
 
 
 @pytest.fixture
@@ -265,6 +266,16 @@ def test_the_exit_code_stands_whatever_the_interpreters_end_does() -> None:
         assert "Usage" in done.stdout if code == EXIT_OK else "no run was begun here" in done.stderr
 
 
+def test_a_signal_where_nothing_is_committed_promises_nothing(
+    call: Callable[..., tuple[int, str, str]], clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise Stopped(signal.SIGINT)
+
+    monkeypatch.setattr(cli, "_print_transcripts", stop)
+    assert call("transcribe", clip, *FAKE) == (130, "", "murmur: stopped by SIGINT\n")
+
+
 @pytest.mark.ray
 def test_a_signal_ends_the_run_and_it_can_go_on(tmp_path: Path) -> None:
     for i in range(6):
@@ -282,7 +293,7 @@ def test_a_signal_ends_the_run_and_it_can_go_on(tmp_path: Path) -> None:
             os.kill(process.pid, signum)
             _, err = process.communicate(timeout=60)
         assert process.returncode == code, err
-        assert f"stopped by {signum.name}" in err
+        assert f"stopped by {signum.name}; what is committed stays, the same command goes on from there" in err
         assert "Traceback" not in err
     done = murmur(*job, "--json")
     assert done.returncode == EXIT_OK, done.stderr

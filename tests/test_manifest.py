@@ -548,6 +548,9 @@ def test_a_file_name_that_is_not_utf_8(here: Path) -> None:
     with open(os.fsencode(here) + b"/x/\xe9.wav", "wb"):
         pass
     assert refusal("x").startswith(f"x: the file name '{here}/x/\\udce9.wav' is not UTF-8")
+    with open(os.fsencode(here) + b"/x/\xe8.wav", "wb"):
+        pass
+    assert refusal("x").startswith(f"x: 2 file names are not UTF-8, the first one '{here}/x/\\udce8.wav'")
 
 
 def test_an_unreadable_manifest(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
