@@ -94,7 +94,9 @@ class Preset(StrEnum):
 OutputArgument = Annotated[str, typer.Argument(metavar="OUTPUT", help="The folder or URI of a run.")]
 Model = Annotated[str | None, typer.Option(help="Hub id, folder, fsspec URI, or demo.", show_default=False)]
 ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML with settings.")]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting; may be repeated.")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any of pipeline/config.py; may be repeated.")
+]
 Json = Annotated[bool, typer.Option("--json", help="The last line on stdout is one JSON object.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Ray's own logs, and tracebacks.")]
 
@@ -131,7 +133,7 @@ def demo(
 
 @app.command()
 def transcribe(
-    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Manifests, folders, globs, audio files.")],
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT", help="Manifests, folders, globs, audio files.")],
     output: Annotated[str | None, typer.Option(metavar="URI", help="Run on Ray and write tables here.")] = None,
     format: Annotated[Format | None, typer.Option(help="Without --output: what to print.", show_default="txt")] = None,
     model: Model = None,
@@ -174,7 +176,7 @@ def retry(
     output: OutputArgument,
     inputs: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[INPUT]...", help="Where the failed ones are now; default: as before."),
+        typer.Argument(metavar="INPUT", help="Where the failed ones are now; default: as before."),
     ] = None,
     sets: Sets = None,
     as_json: Json = False,
@@ -392,7 +394,7 @@ def serve(
 def submit(
     command: Annotated[
         list[str] | None,
-        typer.Argument(metavar="COMMAND...", help="What to run there, written as it is run here."),
+        typer.Argument(metavar="COMMAND", help="What to run there, written as it is run here."),
     ] = None,
     address: Annotated[
         str | None,
@@ -475,7 +477,7 @@ def bench_engine(
 @bench.command("job")
 def bench_job(
     inputs: Annotated[
-        list[str] | None, typer.Argument(metavar="[INPUT]...", help="As transcribe's.", show_default="the demo's clips")
+        list[str] | None, typer.Argument(metavar="INPUT", help="As transcribe's.", show_default="the demo's clips")
     ] = None,
     model: Model = None,
     config_file: ConfigFile = None,
@@ -508,7 +510,7 @@ def bench_job(
 def bench_http(
     url: Annotated[str, typer.Argument(metavar="URL", help="Of a running server, as murmur serve prints it.")],
     files: Annotated[
-        list[str] | None, typer.Argument(metavar="[FILE]...", help="Audio to send.", show_default="the demo's clips")
+        list[str] | None, typer.Argument(metavar="FILE", help="Audio to send.", show_default="the demo's clips")
     ] = None,
     model: Model = None,
     clients: Annotated[int, typer.Option(help="Requests under way at once.")] = 8,
@@ -769,7 +771,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             app(arguments)
     except Stopped as stopped:
         commits = any(one.startswith("--output") for one in arguments) or arguments[:1] != ["transcribe"]
-        resumes = commits and arguments[:1] != ["serve"]
+        resumes = commits and arguments[:1] not in (["serve"], ["bench"])
         _say(f"murmur: {stopped}{'; what is committed stays, the same command goes on from there' if resumes else ''}")
         sys.exit(stopped.exit_code)
 

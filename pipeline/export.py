@@ -74,7 +74,7 @@ class Exported:
         if self.failed:
             yield f"{_number(self.failed, 'failed recording')} left out"
         if self.left_out.total():
-            reasons = ", ".join(f"{count} by {name}" for name, count in self.left_out.most_common() if count)
+            reasons = ", ".join(f"{count} by {_option(name)}" for name, count in self.left_out.most_common() if count)
             yield f"{_number(self.left_out.total(), 'segment')} left out: {reasons}"
         if self.empty:
             yield f"{_number(self.empty, 'recording')} left out with no segment selected"
@@ -85,6 +85,20 @@ class Exported:
             yield f"{self.to}/{MANIFEST}"
         else:
             yield f"{_number(self.files, 'file')} in {self.to}, named in {self.to}/{index_name(self.format)}"
+
+
+_OPTIONS = {
+    "languages": "--language",
+    "exclude_flags": "--exclude-flag",
+    "exclude_recording_flags": "--exclude-recording-flag",
+    "rows": "--where",
+    "without_duration": "having no duration",
+}
+
+
+def _option(criterion: str) -> str:
+    """A criterion as a person gave it."""
+    return _OPTIONS.get(criterion) or f"--{criterion.replace('_', '-')}"
 
 
 @dataclass(frozen=True, slots=True)

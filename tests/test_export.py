@@ -200,6 +200,12 @@ def test_a_recording_of_which_nothing_is_wanted_has_no_file(make: Callable[..., 
     assert (done.recordings, done.empty, done.left_out) == (1, 2, {"languages": 3})
 
 
+def test_what_was_left_out_is_said_by_its_option(make: Callable[..., Output], tmp_path: Path) -> None:
+    strict = Selection(exclude_flags=("repetition",), languages=("en",))
+    said = list(export(make(TALK), "txt", str(tmp_path / "to"), strict).lines())
+    assert "2 segments left out: 1 by --language, 1 by --exclude-flag" in said
+
+
 def test_rows_of_a_query(make: Callable[..., Output], tmp_path: Path) -> None:
     output = make(TALK, ok("a"), ok("b"))
     select = "COPY (SELECT recording_id{} FROM '{}/segments/*.parquet' WHERE start = 3.0) TO '{}'"
