@@ -41,6 +41,7 @@ SURE_SPEECH = 128
 APART = 31  # 1.0 s
 SURE_FRAMES = 3
 LASTING, DENSE = 16, 0.6  # 0.5 s, most of it
+WORD = 7  # 0.22 s: the voice of a short word
 
 BLOCK_FRAMES = 1024  # 32.8 s: long enough to amortise a call (0.05 s), short enough not to hold much
 ROW_FRAMES = 32  # 1.02 s: the grain of the energy gate and of the gain
@@ -120,6 +121,16 @@ def believed(speech: Frames) -> Frames:
     result = speech.copy()
     result[at[np.repeat((n_sure < SURE_FRAMES) & ~lasts, n)]] = MAYBE_SPEECH - 1
     return result
+
+
+def speaks(speech: Frames) -> bool:
+    """Whether there is a voice in these frames by themselves, whatever was said before them.
+
+    It is there where `believed` leaves something, or where WORD frames in a row reach the low bar: a quiet "yes" in
+    noise after a loud sentence has that (measured: 230 of 240), the beginning of music or of noise rarely (3 of 88).
+    """
+    quiet = np.flatnonzero(np.concatenate([[True], speech < MAYBE_SPEECH, [True]]))
+    return bool(np.diff(quiet).max() > WORD or (believed(speech) >= MAYBE_SPEECH).any())
 
 
 def prepare(block: Pcm, context: Pcm) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:

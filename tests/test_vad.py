@@ -15,9 +15,20 @@ from sounds import MUSIC, hum, noise
 from speech import frame_loop, frames, loud_frames, pcm_at, talk
 
 from pipeline import silero, vad
+from pipeline.demo.train.synth import Voice, speak
 from pipeline.errors import ConfigError
 from pipeline.types import SAMPLE_RATE, VAD_FRAME, Pcm
-from pipeline.vad import BLOCK_FRAMES, MAYBE_SPEECH, ROW_FRAMES, SURE_SPEECH, Frames, SileroVad, believed, detect
+from pipeline.vad import (
+    BLOCK_FRAMES,
+    MAYBE_SPEECH,
+    ROW_FRAMES,
+    SURE_SPEECH,
+    Frames,
+    SileroVad,
+    believed,
+    detect,
+    speaks,
+)
 
 BLOCK = BLOCK_FRAMES * VAD_FRAME
 
@@ -148,6 +159,36 @@ def test_what_sounds_like_speech_for_a_moment_is_not_believed(drawing: str, kept
     heard = found >= MAYBE_SPEECH
     np.testing.assert_array_equal(found[heard], speech[heard])
     np.testing.assert_array_equal(speech, frames(drawing), "the argument is not changed")
+
+
+@pytest.mark.parametrize(
+    ("drawing", "voice"),
+    [
+        ("", False),
+        ("50.", False),
+        ("2# 50.", False),
+        ("5. 3# 50.", True),
+        ("5. 6? 1. 6? 50.", False),
+        ("5. 7? 50.", True),  # the least that is a word in a row: 0.22 s
+        ("7?", True),
+        ("8? 5. 8?", True),
+    ],
+)
+def test_whether_there_is_a_voice_by_itself(drawing: str, voice: bool) -> None:
+    assert speaks(frames(drawing)) == voice
+
+
+@pytest.mark.parametrize("gap_s", [0.1, 0.5])
+@pytest.mark.parametrize("peak_db", [0, -20])
+def test_a_word_after_a_sentence_is_a_voice_by_itself(gap_s: float, peak_db: int) -> None:
+    """A tenth of a second left out, as where a walk asks; below the sentence by `peak_db`."""
+    for accent, text in (("en-us", "yes"), ("de", "ja"), ("es", "sí"), ("en-us", "ten"), ("de", "acht")):
+        voice = Voice(accent, "m5", 172)
+        before, word = (speak(one, voice).samples for one in ("Felix is here.", text))
+        gap = np.zeros(round(gap_s * SAMPLE_RATE), np.float32)
+        word = word * np.float32(10 ** (peak_db / 20) * np.abs(before).max() / np.abs(word).max())
+        heard = detect(pcm_at(np.concatenate([before, gap, word, gap]), -6))
+        assert speaks(heard[-(-(len(before) + SAMPLE_RATE // 10) // VAD_FRAME) :]), text
 
 
 @pytest.mark.parametrize("peak_dbfs", [-6, -40, -60])

@@ -25,7 +25,8 @@ from pipeline.engine.timing import CLOSING, OPENING, Draft, WordTiming, frames, 
 from pipeline.engine.tokens import Tokenizer
 from pipeline.errors import NonFiniteError
 from pipeline.flags import MISMATCH, REDECODED, SURELY_HEARD, are_kin
-from pipeline.types import SAMPLE_RATE, DecodeOptions, Hypothesis, Pcm, Segment
+from pipeline.types import SAMPLE_RATE, VAD_FRAME, DecodeOptions, Hypothesis, Pcm, Segment
+from pipeline.vad import Frames, speaks
 
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 FRAMES_PER_TOKEN = 2  # a timestamp token is 20 ms
@@ -34,6 +35,8 @@ MAX_INITIAL_TIMESTAMP = 50  # tokens: the first timestamp is at most 1.0 s
 TEXT_CONTEXT = 448  # decoder positions; half of them hold history, half are sampled
 MAX_CHARACTERS_PER_S = 25  # more than a fast speaker says
 CUT_MARGIN_S = 0.5  # text that ends nearer to a cut in running speech may be cut, or made up, itself
+DYING_S = 0.1  # a voice may go on so long behind the end that its sentence was given
+LATE_S = 0.3  # a sentence may begin so much earlier than the time that it was given
 PROMPT_CONTEXT = TEXT_CONTEXT // 2 - 1  # tokens of history that fit: 223
 RESET_TEMPERATURE = 0.5  # above it a window's text is not fed to the next
 
@@ -48,6 +51,7 @@ class Span:
     pcm: Pcm
     start: int = 0  # its first sample in the recording: seeds the sampling
     global_maximum: bool = False  # the span's own maximum (`sequential`), or each window's (`windows`)
+    speech: Frames | None = None  # [ceil(n / VAD_FRAME)] what the voice detector heard; None: nobody is to ask it
     _maximum: float | None = None
 
     @property
@@ -58,6 +62,14 @@ class Span:
         if self.global_maximum and self._maximum is None:
             self._maximum = features.maximum_of(self.pcm)
         return self._maximum
+
+    def speaks_on(self, since_s: float) -> bool:
+        """Whether somebody speaks between then and the span's end, by itself: without what was said before, whose last
+        breath it may be. True where there is nobody to ask."""
+        if self.speech is None:
+            return True
+        since = max(0, math.ceil(round(since_s * SAMPLE_RATE) / VAD_FRAME))
+        return speaks(self.speech[since:])
 
 
 @dataclass(slots=True, eq=False)
@@ -181,6 +193,10 @@ def walk(
     A window under 30 s that ends in the middle of its span was cut in running speech, which the reference never does.
     Only what it surely finished is kept, the rest is decoded again from there; where nothing was finished the window
     grows, up to 30 s, so that no word is halved however short `chunk_length_s` is. (`sequential` skips a silent one.)
+
+    `windows` skips silence, and what a span holds of it behind the last voice is a margin, no more: where `span.speech`
+    knows that nobody speaks any more once a sentence has ended, what the model hears there (the first beat of music, a
+    noise that breaks off) is not believed, and there is nothing to decode again.
     """
     history = History(tokenizer, options, first)
     each_window = options.language == "window"
@@ -190,6 +206,8 @@ def walk(
     for seek, stop in _clips(options.clip_timestamps, span.content_frames):
         length = chunk
         while seek < stop:
+            if not _speaks_on(span, state.segments, seek * HOP / SAMPLE_RATE):
+                break
             window = Window(span, seek, min(length, stop - seek))
             told = opening if state.n_windows == 0 else None
             if told is not None and told.window is not None and told.window.n_frames == window.n_frames:
@@ -219,6 +237,7 @@ def walk(
             redecoded = len(drafts) < n_begun
             if options.algorithm == "windows":
                 drafts = [d for d in drafts if not _is_behind_the_end(d, span)]
+                _drop_behind_the_voice(drafts, span, state.segments)
                 _clear_empty(drafts)  # before words are timed: asking for words never changes the text
             next_seek, believed = seek + advance, True
             if options.word_timestamps:
@@ -470,6 +489,18 @@ def _is_behind_the_end(draft: Draft, span: Span) -> bool:
     """A sentence that begins where the audio ends was heard in the padding: a model may make one up there."""
     end = len(span.pcm) / SAMPLE_RATE
     return draft.start >= end - 0.1 and _is_invented(draft, latest=end)
+
+
+def _drop_behind_the_voice(drafts: list[Draft], span: Span, segments: Sequence[Segment]) -> None:
+    """Drops the last ones as long as nobody can be saying them, `segments` being what the span has before them."""
+    while drafts and not _speaks_on(span, [*segments, *drafts[:-1]], drafts[-1].start):
+        del drafts[-1]
+
+
+def _speaks_on(span: Span, before: Sequence[Segment | Draft], begins_s: float) -> bool:
+    """Whether somebody can be saying what begins then, after what the span has `before`; its first sentence always."""
+    ended_s = next((one.end for one in reversed(before) if one.text.strip()), None)
+    return ended_s is None or span.speaks_on(max(ended_s + DYING_S, begins_s - LATE_S))
 
 
 def _clear_empty(drafts: Sequence[Draft]) -> None:

@@ -38,7 +38,7 @@ from pipeline.engine.tokens import Tokenizer, check_options
 from pipeline.errors import ConfigError, EngineError, ModelError, MurmurError, failure_of
 from pipeline.machine import has_bfloat16
 from pipeline.stitch import failed_unit, place, stitch_unit
-from pipeline.types import SAMPLE_RATE, DecodeOptions, Hypothesis, Pcm, Plan, Range, Unit, UnitResult
+from pipeline.types import SAMPLE_RATE, VAD_FRAME, DecodeOptions, Hypothesis, Pcm, Plan, Range, Unit, UnitResult
 from pipeline.windows import join, language_slice, plan
 
 log = logging.getLogger(__name__)
@@ -240,8 +240,18 @@ class _UnitJob:
             self._walk({})
 
     def _spans(self) -> list[Span]:
-        pcm, start, whole = self._unit.pcm, self._unit.start, self._options.algorithm == "sequential"
-        return [Span(pcm[r.start : r.stop], start + r.start, global_maximum=whole) for r in self._plan.spans]
+        """`sequential` asks the voice detector nothing: it is the reference's method."""
+        unit, whole = self._unit, self._options.algorithm == "sequential"
+        speech = None if whole else unit.speech
+        return [
+            Span(
+                unit.pcm[r.start : r.stop],
+                unit.start + r.start,
+                global_maximum=whole,
+                speech=None if speech is None else speech[r.start // VAD_FRAME : -(-r.stop // VAD_FRAME)],
+            )
+            for r in self._plan.spans
+        ]
 
     def _listen(self) -> None:
         """Hears every phrase, then walks through what belongs together: see `pipeline.engine.language`."""

@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from speech import frames
 
 from pipeline.demo import model_path
 from pipeline.engine.decoding import Decode, Decoded, DetectLanguage, Span, compression_ratio, walk
 from pipeline.engine.tokens import Tokenizer, check_options
 from pipeline.errors import ConfigError, NonFiniteError
 from pipeline.types import DecodeOptions, Hypothesis
+from pipeline.vad import Frames
 
 TIME = 50364
 GOOD, BAD, SILENT = -0.3, -3.0, 0.9
@@ -36,9 +38,10 @@ def run(
     tokenizer: Tokenizer,
     answer: Answer,
     heard: tuple[str, float] | None = None,
+    speech: Frames | None = None,
 ) -> tuple[Hypothesis, list[Decode]]:
     """Walks through `seconds` of audio; `answer` gives (tokens, mean log-probability, no-speech probability)."""
-    steps = walk(Span(np.zeros(round(seconds * 16000), np.int16)), options, tokenizer)
+    steps = walk(Span(np.zeros(round(seconds * 16000), np.int16), speech=speech), options, tokenizer)
     asked: list[Decode] = []
     reply: Any = None
     try:
@@ -203,6 +206,49 @@ def test_a_sentence_heard_behind_the_end_is_not_believed(tokenizer: Tokenizer) -
     assert [s.text for s in hypothesis.segments] == [" spoken"]
     sequential, _ = run(6, SEQUENTIAL, tokenizer, lambda _: (said, GOOD, 0.0))
     assert len(sequential.segments) == 2, "the reference keeps it"
+
+
+@pytest.mark.parametrize(
+    ("voice", "kept"),
+    [
+        ("125# 50.", 1),  # 4 s of it and silence, which music is for the voice detector
+        ("125# 10. 1# 5. 2? 32.", 1),  # its first beats
+        ("128# 47.", 1),  # the end of the last word
+        ("125# 10. 3# 37.", 2),
+        ("125# 10. 7? 33.", 2),  # a quiet word
+        ("120. 3# 52.", 1),
+        ("", 2),  # `vad: none`
+    ],
+)
+def test_a_sentence_behind_the_last_voice_is_not_believed(tokenizer: Tokenizer, voice: str, kept: int) -> None:
+    spoken, doubted = tokenizer.encode(" spoken"), tokenizer.encode(" Oscar?")
+    said = [at(0), *spoken, at(4), at(4.2), *doubted, at(4.6), at(4.6)]
+    speech = frames(voice) if voice else None
+    hypothesis, asked = run(5.6, EN, tokenizer, lambda d: (said if d.window.seek == 0 else [], GOOD, 0.0), None, speech)
+    assert [s.text for s in hypothesis.segments if s.text] == [" spoken", " Oscar?"][:kept]
+    assert windows(asked)[:1] == [(0, 5.6)]
+
+
+def test_all_sentences_behind_the_last_voice_go_and_none_before_it(tokenizer: Tokenizer) -> None:
+    texts = [tokenizer.encode(f" {text}") for text in ("one", "two", "three", "four")]
+    said = [token for i, text in enumerate(texts) for token in (at(i), *text, at(i + 0.8))]
+    hypothesis, _ = run(4, EN, tokenizer, lambda _: (said, GOOD, 0.0), speech=frames("24# 7. 24# 70."))
+    assert [s.text for s in hypothesis.segments if s.text] == [" one", " two"]
+
+
+def test_the_first_sentence_of_a_span_is_believed_wherever_its_time_is(tokenizer: Tokenizer) -> None:
+    said = [at(1), *tokenizer.encode(" late"), at(1.4), at(1.4)]
+    hypothesis, _ = run(2, EN, tokenizer, lambda _: (said, GOOD, 0.0), speech=frames("20# 43."))
+    assert [s.text for s in hypothesis.segments if s.text] == [" late"]
+
+
+@pytest.mark.parametrize(("voice", "n_windows"), [("125# 50.", 1), ("125# 10. 20# 20.", 2)])
+def test_a_tail_that_nobody_speaks_in_is_not_decoded_again(tokenizer: Tokenizer, voice: str, n_windows: int) -> None:
+    one, two = tokenizer.encode(" one"), tokenizer.encode(" two")
+    answers = iter([[at(0), *one, at(4), at(4), *two], [at(0), *two, at(1)]])
+    hypothesis, asked = run(5.6, EN, tokenizer, lambda _: (next(answers), GOOD, 0.0), speech=frames(voice))
+    assert len(asked) == n_windows
+    assert [s.text for s in hypothesis.segments] == [" one", " two"][:n_windows]
 
 
 def test_text_up_to_the_cut_is_not_believed(tokenizer: Tokenizer) -> None:
