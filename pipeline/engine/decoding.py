@@ -37,6 +37,7 @@ MAX_CHARACTERS_PER_S = 25  # more than a fast speaker says
 CUT_MARGIN_S = 0.5  # text that ends nearer to a cut in running speech may be cut, or made up, itself
 DYING_S = 0.1  # a voice may go on so long behind the end that its sentence was given
 LATE_S = 0.3  # a sentence may begin so much earlier than the time that it was given
+ONSET = 1 * FRAMES_PER_SECOND  # of a short window without speech that is heard again with what follows
 PROMPT_CONTEXT = TEXT_CONTEXT // 2 - 1  # tokens of history that fit: 223
 RESET_TEMPERATURE = 0.5  # above it a window's text is not fed to the next
 
@@ -192,7 +193,8 @@ def walk(
 
     A window under 30 s that ends in the middle of its span was cut in running speech, which the reference never does.
     Only what it surely finished is kept, the rest is decoded again from there; where nothing was finished the window
-    grows, up to 30 s, so that no word is halved however short `chunk_length_s` is. (`sequential` skips a silent one.)
+    grows, up to 30 s, so that no word is halved however short `chunk_length_s` is. `sequential` skips a silent one, but
+    for its last second: somebody may just have begun to speak.
 
     `windows` skips silence, and what a span holds of it behind the last voice is a margin, no more: where `span.speech`
     knows that nobody speaks any more once a sentence has ended, what the model hears there (the first beat of music, a
@@ -222,7 +224,11 @@ def walk(
             drafts, advance, single_ending = _cut(decoded.tokens, window, tokenizer)
             n_begun = len(drafts) + _has_tail(decoded.tokens, drafts, tokenizer)
             silence = _is_silence(decoded, options)
-            if running_on and not (silence and options.algorithm == "sequential"):
+            if running_on and options.algorithm == "sequential" and (silence or _is_empty(decoded, options, tokenizer)):
+                seek += max(window.n_frames - ONSET, window.n_frames // 2)
+                length, redecoded = chunk, False
+                continue
+            if running_on:
                 advance = 0 if silence else _keep_finished(drafts, window)
                 if not advance:
                     length = min(2 * length, N_FRAMES)
@@ -423,6 +429,13 @@ def _is_silence(decoded: Decoded, options: DecodeOptions) -> bool:
     if options.no_speech_threshold is None or decoded.no_speech_prob <= options.no_speech_threshold:
         return False
     return options.logprob_threshold is None or avg_logprob(decoded) <= options.logprob_threshold
+
+
+def _is_empty(decoded: Decoded, options: DecodeOptions, tokenizer: Tokenizer) -> bool:
+    """No speech is likely and there is no text, however sure the model is of that."""
+    if options.no_speech_threshold is None or decoded.no_speech_prob <= options.no_speech_threshold:
+        return False
+    return not any(token < tokenizer.eot for token in decoded.tokens)
 
 
 def _cut(tokens: list[int], window: Window, tokenizer: Tokenizer) -> tuple[list[Draft], int, bool]:

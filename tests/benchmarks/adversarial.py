@@ -6,7 +6,8 @@ Held-out sentences of three languages at known places, the demo model in float32
 conditioning on earlier text) as the demo is configured, in windows of 10 s, and `sequential` in windows of 30 s, which
 is openai-whisper's. The cases are `CASES`; each gives a recording a language and seed. Recordings of which `sequential`
 in 30 s loses or invents something go to openai-whisper as well, on the same weights and samples: `reference` says of
-how many, and how many of its texts are ours to the letter.
+how many, how many of its texts are ours to the letter, and in how many of the others a temperature above 0 drew some of
+our text (each program draws from a stream of its own).
 
 A sentence counts where all of it is in the recording; of one that the file's end cuts off nothing is counted, neither
 as lost nor as invented.
@@ -15,7 +16,8 @@ as lost nor as invented.
   (`heldout_accuracy.lost_and_doubled`), or no segment shares a moment with it; whichever are more in a recording. A
   misheard sentence is not lost: that is what the word error rate is for.
 - invented: a segment that shares no moment with anything that is said, or a run of four or more words that nobody said
-  there (`lost_and_doubled`'s "doubled": a sentence that was written twice); whichever are more.
+  there (`lost_and_doubled`'s "doubled": a sentence that was written twice); whichever are more. `flagged`: of the
+  segments in nobody's time, those with a flag that the README's query leaves out.
 
 Progress goes to stderr, one JSON object to the last line. Its small form runs in the suite (`tests/test_bars.py`).
 """
@@ -35,9 +37,10 @@ import numpy as np
 from pipeline.demo.train.evaluate import transcribe as transcribe_openai
 from pipeline.demo.train.heldout import Clip
 from pipeline.demo.train.lexicon import LANGUAGES, Language
+from pipeline.flags import INVENTED, LOW_CONFIDENCE, MISMATCH, REPETITION
 from pipeline.machine import machine
 from pipeline.scoring import Score, word_score
-from pipeline.types import SAMPLE_RATE, Algorithm, Pcm
+from pipeline.types import SAMPLE_RATE, Algorithm, Pcm, Transcript
 from tests.benchmarks.half_precision import transcribe
 from tests.benchmarks.heldout_accuracy import demo_config, lost_and_doubled, reference_model
 from tests.benchmarks.laid_out import lay_out, one_sentence
@@ -48,6 +51,7 @@ Found = tuple[str, Sequence[tuple[float, float]]]  # the text and the times of t
 
 PEAK = 0.2  # of noise and music between sentences, of full scale; a sentence's is 0.3
 EDGE_S = 29.9  # where sentences are cut
+DOUBTED = {REPETITION, LOW_CONFIDENCE, INVENTED, MISMATCH}
 SETTINGS: tuple[tuple[Algorithm, int], ...] = (("windows", 10), ("sequential", 10), ("sequential", 30))
 
 
@@ -171,7 +175,7 @@ def count(clip: Clip, found: Found) -> dict[str, int]:
     """Sentences that count, and how many of them are lost, how many were invented."""
     text, segments = found
     whole = Clip(clip.language, clip.pcm, tuple(one for one in clip.sentences if one.end <= clip.duration_s))
-    outside = [one for one in segments if not any(_meet(one, (s.start, s.end)) for s in clip.sentences)]
+    outside = [one for one in segments if _is_nobodys(one, clip)]
     if not whole.sentences:
         return {"sentences": 0, "lost": 0, "invented": len(outside)}
     untouched = sum(not any(_meet(one, (s.start, s.end)) for one in segments) for s in whole.sentences)
@@ -186,6 +190,16 @@ def count(clip: Clip, found: Found) -> dict[str, int]:
     }
 
 
+def flagged(clip: Clip, transcript: Transcript) -> int:
+    """Of the segments in nobody's time, those with a flag that says so."""
+    segments = (one for one in transcript.segments if one.text and DOUBTED.intersection(one.flags))
+    return sum(_is_nobodys((one.start, one.end), clip) for one in segments)
+
+
+def _is_nobodys(segment: tuple[float, float], clip: Clip) -> bool:
+    return not any(_meet(segment, (one.start, one.end)) for one in clip.sentences)
+
+
 def _meet(a: tuple[float, float], b: tuple[float, float]) -> bool:
     return min(a[1], b[1]) > max(a[0], b[0])
 
@@ -194,18 +208,22 @@ def measure_case(clips: dict[str, Clip]) -> dict[str, Any]:
     """One case's recordings, by setting; and what the reference makes of those that the last one gets wrong."""
     report: dict[str, Any] = {"audio_s": round(sum(clip.duration_s for clip in clips.values()))}
     found: dict[str, Found] = {}
+    done: dict[str, Transcript] = {}
     for algorithm, length_s in SETTINGS:
         config = demo_config(algorithm=algorithm, chunk_length_s=length_s)
         assert not config.condition_on_previous_text
         done = transcribe(clips, config, "cpu", "float32")
         found = {k: (one.text, [(s.start, s.end) for s in one.segments if s.text]) for k, one in done.items()}
-        report[f"{algorithm}, {length_s} s"] = _sum(clips, found)
+        n_flagged = sum(flagged(clip, done[name]) for name, clip in clips.items())
+        report[f"{algorithm}, {length_s} s"] = _sum(clips, found) | {"flagged": n_flagged}
     wrong = report[f"{algorithm}, {length_s} s"]["where"]
     heard = {name: transcribe_openai(reference_model(), clips[name].pcm) for name in wrong}
     theirs: dict[str, Found] = {name: (one.text, one.segments) for name, one in heard.items()}
+    different = [name for name in wrong if theirs[name][0] != found[name][0]]
     report["reference"] = _sum({name: clips[name] for name in wrong}, theirs) | {
         "recordings": len(wrong),
-        "texts_equal": sum(theirs[name][0] == found[name][0] for name in wrong),
+        "texts_equal": len(wrong) - len(different),
+        "different_and_drawn": sum(done[name].n_fallbacks > 0 for name in different),
     }
     return report
 

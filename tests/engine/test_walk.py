@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -197,6 +198,31 @@ def test_a_time_behind_a_short_window_moves_nothing(tokenizer: Tokenizer) -> Non
     hypothesis, asked = run(17, options, tokenizer, answer)
     assert windows(asked)[:2] == [(0, 10), (7, 10)]
     assert [(s.text, s.start, s.end) for s in hypothesis.segments][:2] == [(" whole", 0, 7), (" whole", 7, 12)]
+
+
+@pytest.mark.parametrize("text", ["", " thank you"])
+def test_a_short_window_without_speech_is_passed_over(tokenizer: Tokenizer, text: str) -> None:
+    """Empty and sure of it, or full and unlikely. Its last second is heard again: somebody may have begun to speak."""
+
+    def answer(request: Decode) -> tuple[list[int], float, float]:
+        if request.window.seek < 1700:
+            return [at(0), *tokenizer.encode(text)], GOOD if not text else BAD, SILENT
+        return [at(0.5), *tokenizer.encode(" spoken"), at(3), at(3)], GOOD, 0.0
+
+    options = DecodeOptions(language="en", algorithm="sequential", chunk_length_s=10)
+    hypothesis, asked = run(22, options, tokenizer, answer)
+    assert windows(asked)[:3] == [(0, 10), (9, 10), (18, 4)]
+    assert [(s.text, s.start) for s in hypothesis.segments][:1] == [(" spoken", 18.5)]
+    _, asked = run(4, replace(options, chunk_length_s=1), tokenizer, answer)
+    assert windows(asked)[:3] == [(0, 1), (0.5, 1), (1, 1)], "half of it at least is done with"
+
+
+def test_a_short_window_in_which_speech_is_likely_grows_however_empty(tokenizer: Tokenizer) -> None:
+    options = DecodeOptions(language="en", algorithm="sequential", chunk_length_s=10)
+    for changed in (options, replace(options, no_speech_threshold=None)):
+        no_speech = 0.5 if changed is options else SILENT
+        _, asked = run(22, changed, tokenizer, lambda _, given=no_speech: ([at(0)], GOOD, given))
+        assert windows(asked)[:2] == [(0, 10), (0, 20)]
 
 
 def test_a_sentence_heard_behind_the_end_is_not_believed(tokenizer: Tokenizer) -> None:
