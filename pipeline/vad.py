@@ -126,8 +126,8 @@ def believed(speech: Frames) -> Frames:
 def speaks(speech: Frames) -> bool:
     """Whether there is a voice in these frames by themselves, whatever was said before them.
 
-    It is there where `believed` leaves something, or where WORD frames in a row reach the low bar: a quiet "yes" in
-    noise after a loud sentence has that (measured: 230 of 240), the beginning of music or of noise rarely (3 of 88).
+    It is there where `believed` leaves something, or where WORD frames in a row reach the low bar: a quiet "yes" after
+    a loud sentence has that, the beginning of music or of noise rarely.
     """
     quiet = np.flatnonzero(np.concatenate([[True], speech < MAYBE_SPEECH, [True]]))
     return bool(np.diff(quiet).max() > WORD or (believed(speech) >= MAYBE_SPEECH).any())

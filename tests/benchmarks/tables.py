@@ -67,14 +67,19 @@ def _with_interval(found: dict[str, Any]) -> str:
 
 
 def adversarial(figures: dict[str, Any]) -> str:
-    """Of `adversarial.json`: sentences lost and invented."""
+    """Of `adversarial.json`: sentences lost and invented, and how many of these have a flag."""
     settings = ("windows, 10 s", "sequential, 10 s", "sequential, 30 s")
     head = [f"`{one.split(',')[0]}`,{one.split(',')[1]}" for one in settings]
-    lines = [f"| lost, invented | sentences | {' | '.join(head)} |", "|---|---|---|---|---|"]
+    lines = [f"| lost, invented (flagged) | sentences | {' | '.join(head)} |", "|---|---|---|---|---|"]
     for case, found in figures["cases"].items():
-        counts = [f"{found[one]['lost']}, {found[one]['invented']}" for one in settings]
+        counts = [_lost_and_invented(found[one]) for one in settings]
         lines.append(f"| {case} | {found[settings[0]]['sentences']} | {' | '.join(counts)} |")
     return "\n".join(lines)
+
+
+def _lost_and_invented(found: dict[str, Any]) -> str:
+    flagged = f" ({found['flagged']})" if found["invented"] else ""
+    return f"{found['lost']}, {found['invented']}{flagged}"
 
 
 def speed(figures: dict[str, Any]) -> str:
