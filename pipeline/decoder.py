@@ -46,7 +46,7 @@ from pipeline.errors import (
     TooLongError,
     TooManyChannelsError,
 )
-from pipeline.machine import give_way, usable_cores
+from pipeline.machine import usable_cores
 from pipeline.manifest import public_uri
 from pipeline.sliced import SlicedStream
 from pipeline.source import Source
@@ -57,7 +57,9 @@ MAX_FILES = 1000  # that a process serves, whatever a codec has leaked by then
 GRACE_S = 60.0  # seconds that any file may take, and
 SLOWEST = 10.0  # times real time: a decoder slower than that is stuck
 _TRIES = 2  # of a file that ends the process it is decoded in
-_GIVES_WAY = 5  # niceness of a process above its starter's
+# It gives way to who has started it: a server, beside which six that start take 2 s of processor time. From its first
+# moment on, but not before: until it has begun, its starter waits with Python's lock in its hands.
+_CHILD = "import os; os.nice(5); from pipeline.decoder_child import main; main()"
 _START_S = 60.0  # seconds for a process to start, on a machine that is very busy
 _HEAD = 4096  # bytes in which a plain WAV's header ends
 _INHERITED = ("PATH", "LD_LIBRARY_PATH", "PYTHONHOME", "LANG", "LC_ALL")  # environment variables
@@ -374,7 +376,7 @@ def _start_process(memory_mb: int, socket: int, window: int) -> subprocess.Popen
     # glibc would map every buffer afresh and give it back: a fifth of the time for PCM.
     environment |= {"MALLOC_MMAP_THRESHOLD_": str(8 << 20), "MALLOC_TRIM_THRESHOLD_": str(32 << 20)}
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "pipeline.decoder_child", str(memory_mb), str(os.getpid()), str(window)],
+        [sys.executable, "-P", "-c", _CHILD, str(memory_mb), str(os.getpid()), str(window)],
         pass_fds=[window],
         stdin=socket,
         stdout=subprocess.DEVNULL,
@@ -394,9 +396,8 @@ class _Pool:
         """Begin anew, as a forked process must: what its parent has started is not its own."""
         self._lock = threading.Lock()
         self._idle: list[Decoder] = []
-        # A child is told of the end of the thread that started it, so that must be one that lasts. They give way to who
-        # has started them: a server, beside which six that start take 2 s of processor time.
-        self._starter = ThreadPoolExecutor(1, "decoder-starter", give_way, (_GIVES_WAY,))
+        # A child is told of the end of the thread that started it, so that must be one that lasts.
+        self._starter = ThreadPoolExecutor(1, "decoder-starter")
 
     def take(self, memory_mb: int, fresh: bool) -> Decoder:
         """An idle process or a new one; `fresh`: a new one in any case."""

@@ -1,4 +1,4 @@
-"""The process in which files are decoded, started by `decoder.py`: `... decoder_child MEMORY_MB PARENT WINDOW`.
+"""The process in which files are decoded: `main`, started by `decoder.py` with MEMORY_MB PARENT WINDOW.
 
 Whatever a file makes of a codec stays in here. The process has one socket to its parent, from which all it reads comes,
 and has given up the rest before the first file: it can open no file and no socket, write no file, leave no core, and
@@ -159,7 +159,3 @@ class _File:
                 os._exit(0)  # the parent is gone; libav would take an exception for the end of the file
             self._start = self._at
         return self._chunk[self._at - self._start :][:size]
-
-
-if __name__ == "__main__":
-    main()

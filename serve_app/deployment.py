@@ -53,7 +53,7 @@ _DEATHS = 2  # of replicas with one Unit in them, after which it is the Unit tha
 _PER_LANE = 1.25  # windows in an engine for each of its lanes, above which another replica is wanted
 FRONT = "front"
 _LINES = 10_000
-_LOOK_EVERY_S = 0.5  # for the end of what is logged
+_TELL_EVERY_S = 0.2  # what is logged
 # Niceness of an engine on a CPU above the server's, which has to answer in milliseconds whatever is computed beside it.
 # Between them are the decoders (`pipeline.decoder`).
 _ENGINES_GIVE_WAY = 10
@@ -328,9 +328,10 @@ class Front:
     def url(self) -> str:
         return self._server.url
 
-    async def lines(self) -> AsyncIterator[str]:
+    async def lines(self) -> AsyncIterator[list[str]]:
         """What is logged here until it is drained, for who started this on one machine: Ray would put its own words
-        before. It must end by itself: Serve's shutdown waits for it as for any request."""
+        before. Many at once, since each of Ray's messages costs as much as a request that is refused. It must end by
+        itself: Serve's shutdown waits for it as for any request."""
         loop, lines = asyncio.get_running_loop(), asyncio.Queue[str](_LINES)
 
         def tell(line: str) -> None:
@@ -338,11 +339,9 @@ class Front:
 
         with logs.also(tell):
             while not (self._is_drained and lines.empty()):
-                line = None
-                with suppress(TimeoutError):
-                    line = await asyncio.wait_for(lines.get(), _LOOK_EVERY_S)
-                if line is not None:
-                    yield line
+                await asyncio.sleep(_TELL_EVERY_S)
+                if not lines.empty():
+                    yield [lines.get_nowait() for _ in range(lines.qsize())]
 
     def why_not_ready(self) -> str | None:
         return self._server.app.why_not_ready()
@@ -462,8 +461,9 @@ def _serve_until_stopped(args: AppArgs, name: str, say: Callable[[str], None]) -
 def _forward(front: DeploymentHandle, say: Callable[[str], None]) -> None:
     """What the server logs, until it is no more."""
     with suppress(Exception):
-        for line in front.options(stream=True).lines.remote():
-            say(line)
+        for lines in front.options(stream=True).lines.remote():
+            for line in lines:
+                say(line)
 
 
 def _refuse_unknown(config: Config) -> None:
