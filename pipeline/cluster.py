@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from pipeline.census import Census
 from pipeline.config import Config, RayConfig
 from pipeline.errors import ConfigError, CrashLoopError, MurmurError
+from pipeline.machine import RAY_NICENESS
 from pipeline.pools import Node
 from pipeline.served import Application
 
@@ -54,10 +55,11 @@ def _alive_nodes() -> set[str]:
 class Cluster:
     """The Ray cluster of a run, joined or started when it is first needed; stopped again if it was started here.
 
-    `niceness` is that of the workers of one that is started here; Ray's own 15 gives way to whatever else runs.
+    `niceness` is that of the workers of one that is started here; by default Ray's own, by which they give way to
+    whatever else runs.
     """
 
-    def __init__(self, config: RayConfig, niceness: int = 15) -> None:
+    def __init__(self, config: RayConfig, niceness: int = RAY_NICENESS) -> None:
         self.is_connected = False
         self._config, self._niceness = config, niceness
         self._application: Application | None = None

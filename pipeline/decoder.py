@@ -59,7 +59,7 @@ SLOWEST = 10.0  # times real time: a decoder slower than that is stuck
 _TRIES = 2  # of a file that ends the process it is decoded in
 # It gives way to who has started it: a server, beside which six that start take 2 s of processor time. From its first
 # moment on, but not before: until it has begun, its starter waits with Python's lock in its hands.
-_CHILD = "import os; os.nice(5); from pipeline.decoder_child import main; main()"
+_CHILD = "from pipeline.machine import give_way; give_way(5); from pipeline.decoder_child import main; main()"
 _START_S = 60.0  # seconds for a process to start, on a machine that is very busy
 _HEAD = 4096  # bytes in which a plain WAV's header ends
 _INHERITED = ("PATH", "LD_LIBRARY_PATH", "PYTHONHOME", "LANG", "LC_ALL")  # environment variables

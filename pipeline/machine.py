@@ -19,6 +19,7 @@ from typing import Any
 PACKAGES = (
     "torch", "transformers", "ray", "numpy", "av", "onnxruntime", "openai-whisper", "faster-whisper", "ctranslate2",
 )  # fmt: skip
+RAY_NICENESS = 15  # beyond it a busy machine leaves hardly anything: decoders would be taken for stuck ones
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -40,9 +41,9 @@ def usable_cores() -> int:
 
 def give_way(by: int) -> None:
     """This thread, and the threads and processes that it starts, leave the processor to whoever else of us wants it:
-    `by` is added to its niceness, of 19 at most. Nothing is waited for where nobody wants it."""
+    `by` is added to its niceness, up to what Ray gives its workers. Nothing is waited for where nobody wants it."""
     if hasattr(os, "nice"):
-        os.nice(by)
+        os.nice(max(0, min(by, RAY_NICENESS - os.nice(0))))
 
 
 def has_bfloat16() -> bool:

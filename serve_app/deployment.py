@@ -55,7 +55,7 @@ FRONT = "front"
 _LINES = 10_000
 _TELL_EVERY_S = 0.2  # what is logged
 # Niceness of an engine on a CPU above the server's, which has to answer in milliseconds whatever is computed beside it.
-# Between them are the decoders (`pipeline.decoder`).
+# Between them are the decoders (`pipeline.decoder`). Where Ray was started by others, all have Ray's.
 _ENGINES_GIVE_WAY = 10
 
 

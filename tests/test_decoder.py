@@ -103,6 +103,12 @@ def test_one_process_serves_file_after_file(short: Path) -> None:
     assert pids != {os.getpid()}
 
 
+def test_it_gives_way_to_who_started_it_but_not_to_everybody(short: Path) -> None:
+    """A server answers while it decodes; on a machine that is very busy decoding still comes on."""
+    with opened(short) as stream:
+        assert os.getpriority(os.PRIO_PROCESS, pid_of(stream)) == max(os.nice(0), min(15, os.nice(0) + 5))
+
+
 def test_it_is_replaced_after_many_files(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoder, "MAX_FILES", 2)
     pids = []
