@@ -17,6 +17,7 @@ import math
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -332,16 +333,12 @@ class Front:
         """What is logged here until it is drained, for who started this on one machine: Ray would put its own words
         before. Many at once, since each of Ray's messages costs as much as a request that is refused. It must end by
         itself: Serve's shutdown waits for it as for any request."""
-        loop, lines = asyncio.get_running_loop(), asyncio.Queue[str](_LINES)
-
-        def tell(line: str) -> None:
-            loop.call_soon_threadsafe(_put, lines, line)
-
-        with logs.also(tell):
-            while not (self._is_drained and lines.empty()):
+        lines = deque[str](maxlen=_LINES)  # where nobody reads them, they are in the process's own log
+        with logs.also(lines.append):
+            while not (self._is_drained and not lines):
                 await asyncio.sleep(_TELL_EVERY_S)
-                if not lines.empty():
-                    yield [lines.get_nowait() for _ in range(lines.qsize())]
+                if lines:
+                    yield [lines.popleft() for _ in range(len(lines))]
 
     def why_not_ready(self) -> str | None:
         return self._server.app.why_not_ready()
@@ -357,12 +354,6 @@ class Front:
 
     async def __del__(self) -> None:
         await self.drain()
-
-
-def _put(lines: "asyncio.Queue[str]", line: str) -> None:
-    """Where nobody reads them, they are in the process's own log."""
-    with suppress(asyncio.QueueFull):
-        lines.put_nowait(line)
 
 
 class Idle:
