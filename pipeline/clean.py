@@ -51,9 +51,9 @@ class Rubbish:
 
     def words(self) -> Iterator[str]:
         """What a person is told: how many of what there is."""
-        for name, what in _WORDS.items():
-            if count := len(getattr(self, name)):
-                yield f"{count} {what}"
+        for name, count in self.to_json().items():
+            if count:
+                yield f"{count} {_WORDS[name]}"
 
 
 _WORDS = {

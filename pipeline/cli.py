@@ -664,6 +664,7 @@ def _print_transcripts(
     from pipeline.engine import engine_config, load_engine
     from pipeline.formats import FORMATS, verbose
     from pipeline.manifest import read_inputs
+    from pipeline.report_page import reason
 
     recordings = list(read_inputs(inputs))
     objects, code = [], EXIT_OK
@@ -681,8 +682,8 @@ def _print_transcripts(
                 sys.stdout.flush()
             if transcript.failure is not None:
                 code = EXIT_FAILED
-                message = transcript.failure.message.removeprefix(f"{transcript.recording.id}: ")
-                _say(f"{transcript.recording.id}: {transcript.failure.kind}: {message}")
+                why = reason(transcript.recording.id, transcript.failure.message)
+                _say(f"{transcript.recording.id}: {transcript.failure.kind}: {why}")
     return code, as_json, {"transcripts": objects}
 
 

@@ -739,9 +739,12 @@ def _text(row: Mapping[str, Any], key: str) -> str | None:
 
 def _language(row: Mapping[str, Any]) -> str | None:
     language = _text(row, "language")
-    if language is not None and not LANGUAGE.fullmatch(language.strip().lower()):
+    if language is None:
+        return None
+    code = language.strip().lower()
+    if not LANGUAGE.fullmatch(code):
         raise ValueError(f"language: a code such as 'en' was expected, not {_short(language)}")
-    return None if language is None else language.strip().lower()
+    return code
 
 
 def _task(row: Mapping[str, Any]) -> Task | None:

@@ -185,7 +185,8 @@ def show_failures(output: Output, console: Console, limit: int = 20) -> None:
     """What failed and why, a line a recording."""
     rows = _failed(output)
     for row in rows.slice(0, limit).to_pylist():  # of what may be all of a large run
-        line = f"{row['recording_id']}: {row['error_kind']}: {report_page.reason(row)}"
+        why = report_page.reason(row["recording_id"], row["error_message"])
+        line = f"{row['recording_id']}: {row['error_kind']}: {why}"
         console.print(one_line(line), style="red", markup=False, highlight=False)
     if len(rows) > limit:
         console.print(f"... and {len(rows) - limit} more: see `error_message` in {output.store}/recordings")
@@ -218,7 +219,8 @@ def show_figures(found: Figures, console: Console) -> None:
             console.print(table)
     for row in found.failures:
         for one in row["examples"]:
-            line = f"  {one['recording_id']}: {row['kind']}: {report_page.reason(one)}"
+            why = report_page.reason(one["recording_id"], one["error_message"])
+            line = f"  {one['recording_id']}: {row['kind']}: {why}"
             console.print(Text(one_line(line)), style="red", highlight=False)
     hint = "" if found.tables == "complete" else "; `murmur finalize` brings them up to date"
     console.print(f"tables: {found.tables}{hint}")

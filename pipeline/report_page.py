@@ -227,7 +227,12 @@ def _failures(found: Figures) -> Section:
     rows = [[row["kind"], row["stage"], f"{row['recordings']:,}"] for row in found.failures]
     kinds = Table([Head("Kind"), Head("Stage"), Head("Recordings", "number")], rows)
     examples = [
-        [one_line(one["recording_id"]), row["kind"], one_line(reason(one)), one["attempts"]]
+        [
+            one_line(one["recording_id"]),
+            row["kind"],
+            one_line(reason(one["recording_id"], one["error_message"])),
+            one["attempts"],
+        ]
         for row in found.failures
         for one in row["examples"]
     ]
@@ -397,9 +402,9 @@ def _plain(value: Any) -> str:
     return "-" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def reason(row: Mapping[str, Any]) -> str:
+def reason(recording_id: str, message: str | None) -> str:
     """Why a recording failed, for a place that has its id already: messages begin with the file's name."""
-    return (row["error_message"] or "").removeprefix(f"{row['recording_id']}: ")
+    return (message or "").removeprefix(f"{recording_id}: ")
 
 
 def probability(value: float | None) -> str:

@@ -129,8 +129,14 @@ def speaks(speech: Frames) -> bool:
     It is there where `believed` leaves something, or where WORD frames in a row reach the low bar: a quiet "yes" after
     a loud sentence has that, the beginning of music or of noise rarely.
     """
-    quiet = np.flatnonzero(np.concatenate([[True], speech < MAYBE_SPEECH, [True]]))
-    return bool(np.diff(quiet).max() > WORD or (believed(speech) >= MAYBE_SPEECH).any())
+    start, stop = runs(speech >= MAYBE_SPEECH)
+    return bool((stop - start >= WORD).any() or (believed(speech) >= MAYBE_SPEECH).any())
+
+
+def runs(mask: NDArray[np.bool_]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Where runs of true values start and stop, half-open."""
+    edges = np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8))
+    return np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
 
 
 def prepare(block: Pcm, context: Pcm) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:

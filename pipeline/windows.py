@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.types import SAMPLE_RATE, VAD_FRAME, DecodeOptions, Pcm, Plan, Range, Skip, Unit
-from pipeline.vad import MAYBE_SPEECH, SURE_SPEECH, Frames
+from pipeline.vad import MAYBE_SPEECH, SURE_SPEECH, Frames, runs
 
 # In frames of 32 ms.
 PAUSE = 4  # 0.13 s: the shortest run of frames that surely holds 100 ms
@@ -66,7 +66,7 @@ class Pauses:
 
 def pauses(speech: Frames) -> Pauses:
     """All pauses of `speech`, [n_frames]."""
-    start, stop = _runs(speech < MAYBE_SPEECH)
+    start, stop = runs(speech < MAYBE_SPEECH)
     long = stop - start >= PAUSE
     quiet = np.concatenate([[0], np.cumsum(np.maximum(MAYBE_SPEECH - speech.astype(np.intp), 0))])
     start, stop = start[long], stop[long]
@@ -135,7 +135,7 @@ def language_slice(unit: Unit) -> Pcm | None:
 
 
 def _first_speech(speech: Frames) -> int | None:
-    start, stop = _runs(speech >= MAYBE_SPEECH)
+    start, stop = runs(speech >= MAYBE_SPEECH)
     if not len(start):
         return None
     sure = np.flatnonzero(speech >= SURE_SPEECH)
@@ -189,7 +189,7 @@ def _speaks(speech: Frames) -> bool:
 def _regions(speech: Frames) -> Iterator[tuple[int, int]]:
     """Frames [first, last) between long silences, margins included."""
     n_frames = len(speech)
-    start, stop = _runs(speech < MAYBE_SPEECH)
+    start, stop = runs(speech < MAYBE_SPEECH)
     long = stop - start >= SILENCE
     # At either end of the unit there is no speech to keep a margin to.
     start = np.where(start > 0, start + MARGIN, 0)[long]
@@ -214,12 +214,6 @@ def _between(spans: list[Range], n_samples: int) -> Iterator[Skip]:
     for start, stop in zip(bounds[::2], bounds[1::2], strict=True):
         if start < stop:
             yield Skip(start, stop, "silence")
-
-
-def _runs(mask: NDArray[np.bool_]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Where runs of true values start and stop, half-open."""
-    edges = np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8))
-    return np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
 
 
 def n_windows(n_samples: int, options: DecodeOptions) -> int:

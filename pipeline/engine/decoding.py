@@ -426,16 +426,19 @@ def _needs_fallback(decoded: Decoded, options: DecodeOptions, tokenizer: Tokeniz
 
 def _is_silence(decoded: Decoded, options: DecodeOptions) -> bool:
     """No speech is likely and the text is not: the window is passed over."""
-    if options.no_speech_threshold is None or decoded.no_speech_prob <= options.no_speech_threshold:
+    if not _is_without_speech(decoded, options):
         return False
     return options.logprob_threshold is None or avg_logprob(decoded) <= options.logprob_threshold
 
 
 def _is_empty(decoded: Decoded, options: DecodeOptions, tokenizer: Tokenizer) -> bool:
     """No speech is likely and there is no text, however sure the model is of that."""
-    if options.no_speech_threshold is None or decoded.no_speech_prob <= options.no_speech_threshold:
-        return False
-    return not any(token < tokenizer.eot for token in decoded.tokens)
+    return _is_without_speech(decoded, options) and not any(token < tokenizer.eot for token in decoded.tokens)
+
+
+def _is_without_speech(decoded: Decoded, options: DecodeOptions) -> bool:
+    """No speech is likely."""
+    return options.no_speech_threshold is not None and decoded.no_speech_prob > options.no_speech_threshold
 
 
 def _cut(tokens: list[int], window: Window, tokenizer: Tokenizer) -> tuple[list[Draft], int, bool]:

@@ -37,9 +37,9 @@ import numpy as np
 from pipeline.demo.train.evaluate import transcribe as transcribe_openai
 from pipeline.demo.train.heldout import Clip
 from pipeline.demo.train.lexicon import LANGUAGES, Language
-from pipeline.flags import INVENTED, LOW_CONFIDENCE, MISMATCH, REPETITION
 from pipeline.machine import machine
 from pipeline.scoring import Score, word_score
+from pipeline.selection import TRAINING
 from pipeline.types import SAMPLE_RATE, Algorithm, Pcm, Transcript
 from tests.benchmarks.half_precision import transcribe
 from tests.benchmarks.heldout_accuracy import demo_config, lost_and_doubled, reference_model
@@ -51,7 +51,7 @@ Found = tuple[str, Sequence[tuple[float, float]]]  # the text and the times of t
 
 PEAK = 0.2  # of noise and music between sentences, of full scale; a sentence's is 0.3
 EDGE_S = 29.9  # where sentences are cut
-DOUBTED = {REPETITION, LOW_CONFIDENCE, INVENTED, MISMATCH}
+DOUBTED = set(TRAINING.exclude_flags)
 SETTINGS: tuple[tuple[Algorithm, int], ...] = (("windows", 10), ("sequential", 10), ("sequential", 30))
 
 

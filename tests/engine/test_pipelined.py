@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -117,18 +118,24 @@ def test_what_is_cancelled_while_its_answer_is_on_the_way_frees_its_lane(
     assert pipelined._scheduler._lanes.count(None) == 4
 
 
+def run_out(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, call: int) -> Iterator[int]:
+    """Memory runs out in this call, counted from 0, of a method. Returns the count of the next one."""
+    method, calls = getattr(owner, name), count()
+
+    def failing(*arguments: Any) -> Any:
+        if next(calls) == call:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return method(*arguments)
+
+    monkeypatch.setattr(owner, name, failing)
+    return calls
+
+
 def test_out_of_memory_begins_again_with_half_the_lanes(
     engine: LocalEngine, pcms: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the middle of a step, while earlier answers are on their way."""
-    take, calls = Steps.take, iter(range(1000))
-
-    def failing(self: Steps, *arguments: Any) -> int:
-        if next(calls) == 6:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return take(self, *arguments)
-
-    monkeypatch.setattr(Steps, "take", failing)
+    run_out(monkeypatch, Steps, "take", call=6)
     config = EngineConfig("demo", device="cpu", dtype="float32", lanes=4, tuning=Tuning(static=True))
     with load_engine(config) as small:
         assert isinstance(small, LocalEngine)
@@ -139,15 +146,8 @@ def test_out_of_memory_begins_again_with_half_the_lanes(
 def test_who_asks_for_a_language_as_memory_ends_is_answered(
     engine: LocalEngine, pcms: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first_logits, calls = WhisperModel.first_logits, iter(range(1000))
-
-    def failing(self: WhisperModel, *arguments: Any) -> Any:
-        if next(calls) == 0:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return first_logits(self, *arguments)
-
     expected = engine.decode(pcms, PLAIN)
-    monkeypatch.setattr(WhisperModel, "first_logits", failing)
+    calls = run_out(monkeypatch, WhisperModel, "first_logits", call=0)
     config = EngineConfig("demo", device="cpu", dtype="float32", lanes=4, tuning=Tuning(static=True))
     with load_engine(config) as small:
         assert small.decode(pcms, PLAIN) == expected
