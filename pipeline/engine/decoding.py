@@ -16,6 +16,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,14 +27,14 @@ from pipeline.engine.tokens import Tokenizer
 from pipeline.errors import NonFiniteError
 from pipeline.flags import MISMATCH, REDECODED, SURELY_HEARD, are_kin
 from pipeline.types import SAMPLE_RATE, VAD_FRAME, DecodeOptions, Hypothesis, Pcm, Segment
-from pipeline.vad import Frames, speaks
+from pipeline.vad import MAYBE_SPEECH, Frames, voice_s
 
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 FRAMES_PER_TOKEN = 2  # a timestamp token is 20 ms
 SECONDS_PER_TOKEN = FRAMES_PER_TOKEN / FRAMES_PER_SECOND
 MAX_INITIAL_TIMESTAMP = 50  # tokens: the first timestamp is at most 1.0 s
 TEXT_CONTEXT = 448  # decoder positions; half of them hold history, half are sampled
-MAX_CHARACTERS_PER_S = 25  # more than a fast speaker says
+MAX_CHARACTERS_PER_S, MIN_CHARACTERS_PER_S = 25, 10  # more than a fast speaker says, less than a slow one
 CUT_MARGIN_S = 0.5  # text that ends nearer to a cut in running speech may be cut, or made up, itself
 DYING_S = 0.1  # a voice may go on so long behind the end that its sentence was given
 LATE_S = 0.3  # a sentence may begin so much earlier than the time that it was given
@@ -64,13 +65,22 @@ class Span:
             self._maximum = features.maximum_of(self.pcm)
         return self._maximum
 
-    def speaks_on(self, since_s: float) -> bool:
-        """Whether somebody speaks between then and the span's end, by itself: without what was said before, whose last
-        breath it may be. True where there is nobody to ask."""
+    def voice_s(self, start_s: float, end_s: float = math.inf) -> float:
+        """For how long somebody speaks between the two, by itself: without what was said before, whose last breath it
+        may be. See `vad.voice_s`; infinite where there is nobody to ask."""
+        return math.inf if self.speech is None else voice_s(self._frames(self.speech, start_s, end_s))
+
+    def voiced_s(self, start_s: float, end_s: float) -> float:
+        """Seconds between the two in which there may be a voice; all of them where there is nobody to ask."""
         if self.speech is None:
-            return True
-        since = max(0, math.ceil(round(since_s * SAMPLE_RATE) / VAD_FRAME))
-        return speaks(self.speech[since:])
+            return end_s - start_s
+        n_voiced = np.count_nonzero(self._frames(self.speech, start_s, end_s) >= MAYBE_SPEECH)
+        return int(n_voiced) * VAD_FRAME / SAMPLE_RATE
+
+    @staticmethod
+    def _frames(speech: Frames, start_s: float, end_s: float) -> Frames:
+        first = max(0, math.ceil(round(start_s * SAMPLE_RATE) / VAD_FRAME))
+        return speech[first : None if end_s == math.inf else max(first, round(end_s * SAMPLE_RATE) // VAD_FRAME)]
 
 
 @dataclass(slots=True, eq=False)
@@ -208,7 +218,7 @@ def walk(
     for seek, stop in _clips(options.clip_timestamps, span.content_frames):
         length = chunk
         while seek < stop:
-            if not _speaks_on(span, state.segments, seek * HOP / SAMPLE_RATE):
+            if not _voice_after_s(span, state.segments, seek * HOP / SAMPLE_RATE):
                 break
             window = Window(span, seek, min(length, stop - seek))
             told = opening if state.n_windows == 0 else None
@@ -242,8 +252,7 @@ def walk(
             marks = _marks(decoded, None if each_window else state.language), [REDECODED] if redecoded else []
             redecoded = len(drafts) < n_begun
             if options.algorithm == "windows":
-                drafts = [d for d in drafts if not _is_behind_the_end(d, span)]
-                _drop_behind_the_voice(drafts, span, state.segments)
+                _drop_what_nobody_says(drafts, span, state.segments)
                 _clear_empty(drafts)  # before words are timed: asking for words never changes the text
             next_seek, believed = seek + advance, True
             if options.word_timestamps:
@@ -498,25 +507,58 @@ def _keep_finished(drafts: list[Draft], window: Window) -> int:
 
 def _is_invented(draft: Draft, latest: float = math.inf) -> bool:
     """More text than a voice can say in the time, which ends at `latest` whatever the model says."""
-    return len(draft.text) > 5 + MAX_CHARACTERS_PER_S * (min(draft.end, latest) - draft.start)
+    return _is_too_long(draft.text, min(draft.end, latest) - draft.start)
 
 
-def _is_behind_the_end(draft: Draft, span: Span) -> bool:
-    """A sentence that begins where the audio ends was heard in the padding: a model may make one up there."""
-    end = len(span.pcm) / SAMPLE_RATE
-    return draft.start >= end - 0.1 and _is_invented(draft, latest=end)
+def _is_too_long(text: str, voice_s: float) -> bool:
+    return len(text) > 5 + MAX_CHARACTERS_PER_S * voice_s
 
 
-def _drop_behind_the_voice(drafts: list[Draft], span: Span, segments: Sequence[Segment]) -> None:
-    """Drops the last ones as long as nobody can be saying them, `segments` being what the span has before them."""
-    while drafts and not _speaks_on(span, [*segments, *drafts[:-1]], drafts[-1].start):
+def _drop_what_nobody_says(drafts: list[Draft], span: Span, segments: Sequence[Segment]) -> None:
+    """Drops the last ones as long as nobody can be saying them, `segments` being what the span has before them; then
+    the first one, if another follows and nobody speaks before that.
+
+    A text stays where its neighbour says too little for its own time: a model that joins two sentences gives the third
+    a time behind them.
+    """
+    while drafts:
+        if not _is_nobodys(drafts[-1], [*segments, *drafts[:-1]], span):
+            break
         del drafts[-1]
+    if not segments and len(drafts) > 1 and _is_ahead_of_the_voice(drafts[0], drafts[1], span):
+        del drafts[0]
 
 
-def _speaks_on(span: Span, before: Sequence[Segment | Draft], begins_s: float) -> bool:
-    """Whether somebody can be saying what begins then, after what the span has `before`; its first sentence always."""
+def _is_nobodys(draft: Draft, before: Sequence[Segment | Draft], span: Span) -> bool:
+    """Of a span's last text. One that begins where the audio ends was heard in the padding, where a model may make one
+    up; and what begins behind the last voice can be as much as is heard of one there, a quiet word perhaps."""
+    previous = next((one for one in reversed(before) if one.text.strip()), None)
+    if previous is not None and _says_too_little(previous, span):
+        return False
+    end = len(span.pcm) / SAMPLE_RATE
+    if draft.start >= end - 0.1 and _is_too_long(draft.text, end - draft.start):
+        return True
+    voice_s = _voice_after_s(span, before, draft.start)
+    return not voice_s or _is_too_long(draft.text, voice_s)
+
+
+def _voice_after_s(span: Span, before: Sequence[Segment | Draft], begins_s: float) -> float:
+    """For how long somebody can be saying what begins then, after what the span has `before`; infinite for its first
+    text, and where it is surely a voice."""
     ended_s = next((one.end for one in reversed(before) if one.text.strip()), None)
-    return ended_s is None or span.speaks_on(max(ended_s + DYING_S, begins_s - LATE_S))
+    return math.inf if ended_s is None else span.voice_s(max(ended_s + DYING_S, begins_s - LATE_S))
+
+
+def _is_ahead_of_the_voice(draft: Draft, following: Draft, span: Span) -> bool:
+    """More text than anybody can have said before `following`, in its own time or in the voice that is heard."""
+    voice_s = span.voice_s(0.0, following.start - LATE_S)
+    too_long = _is_invented(draft) and _is_too_long(draft.text, voice_s)
+    return too_long and not _says_too_little(following, span)
+
+
+def _says_too_little(text: Segment | Draft, span: Span) -> bool:
+    """Whether there is more voice in its time than its text takes: it may be two sentences' time."""
+    return len(text.text) + 5 < MIN_CHARACTERS_PER_S * span.voiced_s(text.start, text.end)
 
 
 def _clear_empty(drafts: Sequence[Draft]) -> None:

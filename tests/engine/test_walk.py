@@ -225,34 +225,78 @@ def test_a_short_window_in_which_speech_is_likely_grows_however_empty(tokenizer:
         assert windows(asked)[:2] == [(0, 10), (0, 20)]
 
 
+SPOKEN = " Felix travels from Lisbon to Oslo on Sunday morning."  # as much as is said in four seconds
+
+
 def test_a_sentence_heard_behind_the_end_is_not_believed(tokenizer: Tokenizer) -> None:
-    spoken, invented = tokenizer.encode(" spoken"), tokenizer.encode(" On Thursday the pig laughs in the forest.")
+    spoken, invented = tokenizer.encode(SPOKEN), tokenizer.encode(" On Thursday the pig laughs in the forest.")
     said = [at(0), *spoken, at(5.5), at(5.98), *invented, at(8)]
     hypothesis, _ = run(6, EN, tokenizer, lambda _: (said, GOOD, 0.0))
-    assert [s.text for s in hypothesis.segments] == [" spoken"]
+    assert [s.text for s in hypothesis.segments] == [SPOKEN]
     sequential, _ = run(6, SEQUENTIAL, tokenizer, lambda _: (said, GOOD, 0.0))
     assert len(sequential.segments) == 2, "the reference keeps it"
 
 
+@pytest.mark.parametrize("voice", ["", "60. 115? 13."])
+def test_a_sentence_behind_the_end_may_be_said_in_the_time_of_the_one_before(tokenizer: Tokenizer, voice: str) -> None:
+    """The model joined two sentences: the text of one of them has five seconds, 3.7 s of voice in them."""
+    said = [at(0), *tokenizer.encode(" Nine minus four is five."), at(5.5), at(5.98), *tokenizer.encode(SPOKEN), at(8)]
+    speech = frames(voice) if voice else None
+    hypothesis, _ = run(6, EN, tokenizer, lambda _: (said, GOOD, 0.0), speech=speech)
+    assert [s.text for s in hypothesis.segments] == [" Nine minus four is five.", SPOKEN]
+
+
 @pytest.mark.parametrize(
-    ("voice", "kept"),
+    ("voice", "doubted", "kept"),
     [
-        ("125# 50.", 1),  # 4 s of it and silence, which music is for the voice detector
-        ("125# 10. 1# 5. 2? 32.", 1),  # its first beats
-        ("128# 47.", 1),  # the end of the last word
-        ("125# 10. 3# 37.", 2),
-        ("125# 10. 7? 33.", 2),  # a quiet word
-        ("120. 3# 52.", 1),
-        ("", 2),  # `vad: none`
+        ("125# 50.", " Oscar?", 1),  # 4 s of it and silence, which music is for the voice detector
+        ("125# 10. 1# 5. 2? 32.", " Oscar?", 1),  # its first beats
+        ("128# 47.", " Oscar?", 1),  # the end of the last word
+        ("125# 10. 3# 37.", " Oscar?", 2),
+        ("125# 10. 7? 33.", " Oscar?", 2),  # a quiet word
+        ("125# 10. 7? 33.", " Who is it?", 1),  # 11 characters in 0.22 s
+        ("125# 10. 8? 32.", " Who is it?", 2),
+        ("125# 10. 15? 25.", " Sophie buys twelve doors.", 1),  # a noise's onset
+        ("125# 10. 3# 12? 25.", " Sophie buys twelve doors.", 2),  # surely a voice
+        ("120. 3# 52.", " Oscar?", 1),
+        ("", " Oscar?", 2),  # `vad: none`
     ],
 )
-def test_a_sentence_behind_the_last_voice_is_not_believed(tokenizer: Tokenizer, voice: str, kept: int) -> None:
-    spoken, doubted = tokenizer.encode(" spoken"), tokenizer.encode(" Oscar?")
-    said = [at(0), *spoken, at(4), at(4.2), *doubted, at(4.6), at(4.6)]
+def test_a_sentence_behind_the_last_voice_is_not_believed(
+    tokenizer: Tokenizer, voice: str, doubted: str, kept: int
+) -> None:
+    said = [at(0), *tokenizer.encode(SPOKEN), at(4), at(4.2), *tokenizer.encode(doubted), at(4.6), at(4.6)]
     speech = frames(voice) if voice else None
     hypothesis, asked = run(5.6, EN, tokenizer, lambda d: (said if d.window.seek == 0 else [], GOOD, 0.0), None, speech)
-    assert [s.text for s in hypothesis.segments if s.text] == [" spoken", " Oscar?"][:kept]
+    assert [s.text for s in hypothesis.segments if s.text] == [SPOKEN, doubted][:kept]
     assert windows(asked)[:1] == [(0, 5.6)]
+
+
+@pytest.mark.parametrize(
+    ("voice", "ahead", "kept"),
+    [
+        ("35. 125#", (0.2, 1.0), False),  # 33 characters in 0.8 s, and nobody is heard
+        ("8. 2# 25. 125#", (0.2, 1.0), False),
+        ("8. 3# 24. 125#", (0.2, 1.0), True),  # surely a voice
+        ("35. 125#", (0.0, 1.2), True),  # it could be said in its time, which the detector may have missed
+        ("", (0.2, 1.0), True),
+    ],
+)
+def test_a_fragment_ahead_of_the_voice_is_not_believed(
+    tokenizer: Tokenizer, voice: str, ahead: tuple[float, float], kept: bool
+) -> None:
+    fragment = " to Rome leaves at eight o'clock."
+    said = [at(ahead[0]), *tokenizer.encode(fragment), at(ahead[1]), at(1.2), *tokenizer.encode(SPOKEN), at(5.1)]
+    speech = frames(voice) if voice else None
+    hypothesis, _ = run(5.12, EN, tokenizer, lambda _: (said, GOOD, 0.0), speech=speech)
+    assert [s.text for s in hypothesis.segments if s.text] == ([fragment] if kept else []) + [SPOKEN]
+
+
+def test_a_text_ahead_of_the_voice_may_be_said_in_the_time_of_the_next(tokenizer: Tokenizer) -> None:
+    texts = " to Rome leaves at eight o'clock.", " Nine minus four is five."
+    said = [at(0.2), *tokenizer.encode(texts[0]), at(1), at(1.2), *tokenizer.encode(texts[1]), at(5.1)]
+    hypothesis, _ = run(5.12, EN, tokenizer, lambda _: (said, GOOD, 0.0), speech=frames("35. 125#"))
+    assert tuple(s.text for s in hypothesis.segments) == texts
 
 
 def test_all_sentences_behind_the_last_voice_go_and_none_before_it(tokenizer: Tokenizer) -> None:
