@@ -127,7 +127,7 @@ def test_the_floors_and_several_processes(figures: dict[str, Any]) -> None:
 
 def test_refilled_lanes_need_fewer_steps(figures: dict[str, Any]) -> None:
     found = figures["spread"]
-    assert found["windows"] == 8 * figures["memory"]["lanes"] == 16
+    assert found["windows"] == 16 * figures["memory"]["lanes"] == 32
     assert found["refilled"]["steps"] < found["static"]["steps"]
 
 

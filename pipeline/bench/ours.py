@@ -167,5 +167,5 @@ def _sequential(plan: Plan, seat: Seat) -> Figures:
 
 
 def _few(plan: Plan) -> int:
-    """The long measurements, four times as many windows each, are made twice at most."""
+    """The long measurements, many times as many windows each, are made twice at most."""
     return min(plan.rounds, 2)

@@ -206,9 +206,9 @@ def walk(
     grows, up to 30 s, so that no word is halved however short `chunk_length_s` is. `sequential` skips a silent one, but
     for its last second: somebody may just have begun to speak.
 
-    `windows` skips silence, and what a span holds of it behind the last voice is a margin, no more: where `span.speech`
-    knows that nobody speaks any more once a sentence has ended, what the model hears there (the first beat of music, a
-    noise that breaks off) is not believed, and there is nothing to decode again.
+    `windows` skips silence, and what a span holds of it ahead of the first voice and behind the last one is a margin,
+    no more: where `span.speech` knows that nobody speaks, or not for as long as the text takes, what the model hears
+    there (a beat of music, a noise that breaks off) is not believed, and there is nothing to decode again.
     """
     history = History(tokenizer, options, first)
     each_window = options.language == "window"
@@ -505,9 +505,9 @@ def _keep_finished(drafts: list[Draft], window: Window) -> int:
     return max(0, frames(end) - window.seek)
 
 
-def _is_invented(draft: Draft, latest: float = math.inf) -> bool:
-    """More text than a voice can say in the time, which ends at `latest` whatever the model says."""
-    return _is_too_long(draft.text, min(draft.end, latest) - draft.start)
+def _is_invented(draft: Draft) -> bool:
+    """More text than a voice can say in its time."""
+    return _is_too_long(draft.text, draft.end - draft.start)
 
 
 def _is_too_long(text: str, voice_s: float) -> bool:
@@ -521,9 +521,7 @@ def _drop_what_nobody_says(drafts: list[Draft], span: Span, segments: Sequence[S
     A text stays where its neighbour says too little for its own time: a model that joins two sentences gives the third
     a time behind them.
     """
-    while drafts:
-        if not _is_nobodys(drafts[-1], [*segments, *drafts[:-1]], span):
-            break
+    while drafts and _is_nobodys(drafts[-1], [*segments, *drafts[:-1]], span):
         del drafts[-1]
     if not segments and len(drafts) > 1 and _is_ahead_of_the_voice(drafts[0], drafts[1], span):
         del drafts[0]
@@ -557,8 +555,10 @@ def _is_ahead_of_the_voice(draft: Draft, following: Draft, span: Span) -> bool:
 
 
 def _says_too_little(text: Segment | Draft, span: Span) -> bool:
-    """Whether there is more voice in its time than its text takes: it may be two sentences' time."""
-    return len(text.text) + 5 < MIN_CHARACTERS_PER_S * span.voiced_s(text.start, text.end)
+    """Whether there is more voice in its time than its text takes: it may be two sentences' time. A script that puts no
+    spaces between words has a third of the characters."""
+    pace = MIN_CHARACTERS_PER_S / (1 if " " in text.text.strip() else 3)
+    return len(text.text) + 5 < pace * span.voiced_s(text.start, text.end)
 
 
 def _clear_empty(drafts: Sequence[Draft]) -> None:

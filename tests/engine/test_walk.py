@@ -272,6 +272,13 @@ def test_a_sentence_behind_the_last_voice_is_not_believed(
     assert windows(asked)[:1] == [(0, 5.6)]
 
 
+@pytest.mark.parametrize(("spoken", "kept"), [("今日はとても寒いです。", False), ("寒い。", True)])
+def test_scripts_without_spaces_say_as_much_in_fewer_characters(tokenizer: Tokenizer, spoken: str, kept: bool) -> None:
+    said = [at(0), *tokenizer.encode(spoken), at(3), at(3.2), *tokenizer.encode("ご視聴ありがとう"), at(3.6), at(3.6)]
+    hypothesis, _ = run(4.6, EN, tokenizer, lambda _: (said, GOOD, 0.0), speech=frames("94# 50."))
+    assert len(hypothesis.segments) == 1 + kept
+
+
 @pytest.mark.parametrize(
     ("voice", "ahead", "kept"),
     [
