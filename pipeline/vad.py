@@ -130,17 +130,18 @@ def speaks(speech: Frames) -> bool:
 
 
 def voice_s(speech: Frames) -> float:
-    """For how long there is a voice in these frames by themselves; infinite where it is surely one.
+    """For how long there is a voice in these frames by themselves; infinite where it is surely one, in SURE_FRAMES.
 
-    That is where `believed` leaves something. Else the longest run at the low bar counts, from WORD frames on: a word
-    30 dB below the sentence before it has that in two cases of three, but so has one onset of white, pink or brown
-    noise in three, and of music in seven.
+    Else what is `believed` counts, or the longest run at the low bar, from WORD frames on. A word 30 dB below the
+    sentence before it has such a run in two cases of three, but so has one onset of white, pink or brown noise in
+    three, and of music in seven.
     """
-    if (believed(speech) >= MAYBE_SPEECH).any():
+    if np.count_nonzero(speech >= SURE_SPEECH) >= SURE_FRAMES:
         return math.inf
     start, stop = runs(speech >= MAYBE_SPEECH)
     longest = int((stop - start).max(initial=0))
-    return longest * VAD_FRAME / SAMPLE_RATE if longest >= WORD else 0.0
+    n_believed = int((believed(speech) >= MAYBE_SPEECH).sum())
+    return max(n_believed, longest if longest >= WORD else 0) * VAD_FRAME / SAMPLE_RATE
 
 
 def runs(mask: NDArray[np.bool_]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:

@@ -39,23 +39,12 @@ hypothesis.settings.load_profile("tests")
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests on the shared Ray cluster have one process, where it is started once; those that have a Ray started by a
-    command share the other one. They come first: they take longest, and wait for processes most of the time. All others
-    stay with their file, whose fixtures they share."""
-    groups = {item: _group(item) for item in items}
-    items.sort(key=lambda item: (*_RAY, groups[item]).index(groups[item]))
-    for item, group in groups.items():
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
-_RAY = "ray", "ray of a command"
-
-
-def _group(item: pytest.Item) -> str:
-    if item.get_closest_marker("ray") is None:
-        return item.nodeid.partition("::")[0]
-    assert isinstance(item, pytest.Function)
-    return _RAY["ray_cluster" not in item.fixturenames]
+    """Tests that start Ray share one process, where its cluster is started once, and come first: they take longest and
+    wait for processes most of the time. All others stay with their file, whose fixtures they share."""
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+    for item in items:
+        name = "ray" if item.get_closest_marker("ray") else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(name))
 
 
 @pytest.fixture(scope="session")

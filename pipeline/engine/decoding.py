@@ -34,7 +34,8 @@ FRAMES_PER_TOKEN = 2  # a timestamp token is 20 ms
 SECONDS_PER_TOKEN = FRAMES_PER_TOKEN / FRAMES_PER_SECOND
 MAX_INITIAL_TIMESTAMP = 50  # tokens: the first timestamp is at most 1.0 s
 TEXT_CONTEXT = 448  # decoder positions; half of them hold history, half are sampled
-MAX_CHARACTERS_PER_S, MIN_CHARACTERS_PER_S = 25, 10  # more than a fast speaker says, less than a slow one
+MAX_CHARACTERS_PER_S = 25  # more than a fast speaker says
+FAST_CHARACTERS_PER_S, SLOW_CHARACTERS_PER_S = 20, 10
 CUT_MARGIN_S = 0.5  # text that ends nearer to a cut in running speech may be cut, or made up, itself
 DYING_S = 0.1  # a voice may go on so long behind the end that its sentence was given
 LATE_S = 0.3  # a sentence may begin so much earlier than the time that it was given
@@ -518,8 +519,8 @@ def _drop_what_nobody_says(drafts: list[Draft], span: Span, segments: Sequence[S
     """Drops the last ones as long as nobody can be saying them, `segments` being what the span has before them; then
     the first one, if another follows and nobody speaks before that.
 
-    A text stays where its neighbour says too little for its own time: a model that joins two sentences gives the third
-    a time behind them.
+    A text stays where its neighbour's time is enough for both of them and too much for one: a model that joins two
+    sentences gives the third a time behind them.
     """
     while drafts and _is_nobodys(drafts[-1], [*segments, *drafts[:-1]], span):
         del drafts[-1]
@@ -531,7 +532,7 @@ def _is_nobodys(draft: Draft, before: Sequence[Segment | Draft], span: Span) -> 
     """Of a span's last text. One that begins where the audio ends was heard in the padding, where a model may make one
     up; and what begins behind the last voice can be as much as is heard of one there, a quiet word perhaps."""
     previous = next((one for one in reversed(before) if one.text.strip()), None)
-    if previous is not None and _says_too_little(previous, span):
+    if previous is not None and _has_time_for(draft, previous, span):
         return False
     end = len(span.pcm) / SAMPLE_RATE
     if draft.start >= end - 0.1 and _is_too_long(draft.text, end - draft.start):
@@ -548,17 +549,20 @@ def _voice_after_s(span: Span, before: Sequence[Segment | Draft], begins_s: floa
 
 
 def _is_ahead_of_the_voice(draft: Draft, following: Draft, span: Span) -> bool:
-    """More text than anybody can have said before `following`, in its own time or in the voice that is heard."""
-    voice_s = span.voice_s(0.0, following.start - LATE_S)
-    too_long = _is_invented(draft) and _is_too_long(draft.text, voice_s)
-    return too_long and not _says_too_little(following, span)
+    """More text than anybody is heard saying before `following`."""
+    too_long = _is_too_long(draft.text, span.voice_s(0.0, following.start - LATE_S))
+    return too_long and not _has_time_for(draft, following, span)
 
 
-def _says_too_little(text: Segment | Draft, span: Span) -> bool:
-    """Whether there is more voice in its time than its text takes: it may be two sentences' time. A script that puts no
-    spaces between words has a third of the characters."""
-    pace = MIN_CHARACTERS_PER_S / (1 if " " in text.text.strip() else 3)
-    return len(text.text) + 5 < pace * span.voiced_s(text.start, text.end)
+def _has_time_for(draft: Draft, neighbour: Segment | Draft, span: Span) -> bool:
+    """Whether there is more voice in the neighbour's time than its own text takes, and as much as both take.
+
+    A script that puts no spaces between words has a third of the characters.
+    """
+    voiced_s = span.voiced_s(neighbour.start, neighbour.end)
+    share = 1 if " " in neighbour.text.strip() else 3
+    slow, fast = (5 + pace / share * voiced_s for pace in (SLOW_CHARACTERS_PER_S, FAST_CHARACTERS_PER_S))
+    return len(neighbour.text) + 10 < slow and len(neighbour.text + draft.text) <= fast
 
 
 def _clear_empty(drafts: Sequence[Draft]) -> None:
