@@ -12,7 +12,7 @@
     fair       a clip of ten seconds while a request of `--long-hours` is in the engine, beside the same clip alone
 
 Prints one JSON object on the last line; ends with 1 where an answer was wrong or failed, the load was carried at less
-than 0.7 of the engine's speed, refusals took over 100 ms at the median, or the clip took longer than twice its time
+than 0.7 of the engine's speed, curl was refused in over 100 ms at the median, or the clip took longer than twice its time
 alone and one window.
 """
 
@@ -146,8 +146,8 @@ def too_many(clients: int) -> dict[str, Any]:
 
 
 def crowd(url: str, clients: Callable[[str, int], list[tuple[int, float]]], count: int) -> dict[str, Any]:
-    """What so many see at once, five times, and how the server is after each; the medians are of the times one by one,
-    the first of which finds a server that has hardly been asked anything yet."""
+    """What so many see at once, five times over, and how the server is after each. `medians` are each time's own; the
+    first crowd finds a server that has hardly been asked anything yet."""
     rounds: list[list[tuple[int, float]]] = []
     after: Counter[str] = Counter()
     for _ in range(5):
@@ -290,11 +290,11 @@ def is_within(result: dict[str, Any]) -> bool:
             all(set(one["answers"]) == {"200"} for one in load)
             and max(one["share_of_the_engine"] for one in load) >= SHARE
         ),
-        many is None or all(
-            set(one["answers"]) == {"200", "503"} and one["refusal_ms"]["median"] <= REFUSAL_MS
-            and set(one["ready_and_next_request"]) == {"200, 200"}
-            for one in (many["threads"], many["curl"])
-        ),
+        many is None or all((
+            {*many["threads"]["answers"], *many["curl"]["answers"]} == {"200", "503"},
+            {*many["threads"]["ready_and_next_request"], *many["curl"]["ready_and_next_request"]} == {"200, 200"},
+            many["curl"]["refusal_ms"]["median"] <= REFUSAL_MS,  # what threads measure is their own work as well
+        )),
         fair is None or fair["within"],
     ))  # fmt: skip
 
