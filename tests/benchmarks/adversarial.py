@@ -9,7 +9,7 @@ in 30 s loses or invents something go to openai-whisper as well, on the same wei
 how many, how many of its texts are ours to the letter, and in how many of the others a temperature above 0 drew some of
 our text (each program draws from a stream of its own).
 
-`--more` seeds go through `windows` alone: its rules were made while the first two were looked at.
+`--more` seeds go through `windows` alone: its rules were made while the first four were looked at.
 
 A sentence counts where all of it is in the recording; of one that the file's end cuts off nothing is counted, neither
 as lost nor as invented.

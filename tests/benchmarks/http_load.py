@@ -12,8 +12,8 @@
     fair       a clip of ten seconds while a request of `--long-hours` is in the engine, beside the same clip alone
 
 Prints one JSON object on the last line; ends with 1 where an answer was wrong or failed, the load was carried at less
-than 0.7 of the engine's speed, curl was refused in over 100 ms at the median, or the clip took longer than twice its time
-alone and one window.
+than 0.7 of the engine's speed, curl was refused in over 100 ms at the median, or the clip took longer than twice its
+time alone and one window.
 """
 
 from __future__ import annotations
