@@ -124,24 +124,20 @@ def believed(speech: Frames) -> Frames:
     return result
 
 
-def speaks(speech: Frames) -> bool:
-    """Whether there is a voice in these frames by themselves, whatever was said before them."""
-    return voice_s(speech) > 0
-
-
 def voice_s(speech: Frames) -> float:
-    """For how long there is a voice in these frames by themselves; infinite where it is surely one, in SURE_FRAMES.
+    """For how long there is a voice in these frames by themselves, whatever was said before them; infinite where it is
+    surely one, in SURE_FRAMES.
 
     Else what is `believed` counts, or the longest run at the low bar, from WORD frames on. A word 30 dB below the
     sentence before it has such a run in two cases of three, but so has one onset of white, pink or brown noise in
     three, and of music in seven.
     """
-    if np.count_nonzero(speech >= SURE_SPEECH) >= SURE_FRAMES:
+    kept = believed(speech)
+    if (kept >= SURE_SPEECH).sum() >= SURE_FRAMES:
         return math.inf
     start, stop = runs(speech >= MAYBE_SPEECH)
     longest = int((stop - start).max(initial=0))
-    n_believed = int((believed(speech) >= MAYBE_SPEECH).sum())
-    return max(n_believed, longest if longest >= WORD else 0) * VAD_FRAME / SAMPLE_RATE
+    return max(int((kept >= MAYBE_SPEECH).sum()), longest if longest >= WORD else 0) * VAD_FRAME / SAMPLE_RATE
 
 
 def runs(mask: NDArray[np.bool_]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:

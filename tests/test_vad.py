@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from pipeline.vad import (
     SileroVad,
     believed,
     detect,
-    speaks,
+    voice_s,
 )
 
 BLOCK = BLOCK_FRAMES * VAD_FRAME
@@ -164,18 +165,21 @@ def test_what_sounds_like_speech_for_a_moment_is_not_believed(drawing: str, kept
 @pytest.mark.parametrize(
     ("drawing", "voice"),
     [
-        ("", False),
-        ("50.", False),
-        ("2# 50.", False),
-        ("5. 3# 50.", True),
-        ("5. 6? 1. 6? 50.", False),
-        ("5. 7? 50.", True),  # the least that is a word in a row: 0.22 s
-        ("7?", True),
-        ("8? 5. 8?", True),
+        ("", 0),
+        ("50.", 0),
+        ("2# 50.", 0),
+        ("5. 3# 50.", math.inf),
+        ("5. 1# 20. 1# 20. 1#", math.inf),
+        ("5. 1# 40. 1# 40. 1#", 0),  # too far apart
+        ("5. 6? 1. 6? 50.", 0),
+        ("5. 7? 50.", 7 * 0.032),  # the least that is a word in a row: 0.22 s
+        ("7?", 7 * 0.032),
+        ("9? 5. 7? 40. 8?", 16 * 0.032),  # it lasts: all that is believed
+        ("9? 20. 7?", 9 * 0.032),  # the longest run
     ],
 )
-def test_whether_there_is_a_voice_by_itself(drawing: str, voice: bool) -> None:
-    assert speaks(frames(drawing)) == voice
+def test_how_long_there_is_a_voice_by_itself(drawing: str, voice: float) -> None:
+    assert voice_s(frames(drawing)) == pytest.approx(voice)
 
 
 @pytest.mark.parametrize("gap_s", [0.1, 0.5])
@@ -188,7 +192,7 @@ def test_a_word_after_a_sentence_is_a_voice_by_itself(gap_s: float, peak_db: int
         gap = np.zeros(round(gap_s * SAMPLE_RATE), np.float32)
         word = word * np.float32(10 ** (peak_db / 20) * np.abs(before).max() / np.abs(word).max())
         heard = detect(pcm_at(np.concatenate([before, gap, word, gap]), -6))
-        assert speaks(heard[-(-(len(before) + SAMPLE_RATE // 10) // VAD_FRAME) :]), text
+        assert voice_s(heard[-(-(len(before) + SAMPLE_RATE // 10) // VAD_FRAME) :]), text
 
 
 @pytest.mark.parametrize("peak_dbfs", [-6, -40, -60])
