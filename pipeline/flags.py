@@ -187,7 +187,12 @@ def are_kin(one: str, other: str) -> bool:
 def _is_invented(segment: Segment, speech_s: float | None) -> bool:
     if speech_s is None:
         return segment.no_speech_prob > NO_SPEECH
-    return speech_s == 0 or len(segment.text.strip()) > 5 + CHARACTERS_PER_S * speech_s
+    return speech_s == 0 or is_too_long(segment.text.strip(), speech_s)
+
+
+def is_too_long(text: str, voice_s: float) -> bool:
+    """More text than anybody says in so many seconds."""
+    return len(text) > 5 + CHARACTERS_PER_S * voice_s
 
 
 def _with_neighbours(segments: Sequence[Segment]) -> tuple[Segment, ...]:

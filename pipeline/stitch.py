@@ -30,7 +30,7 @@ from pipeline.types import (
     Word,
     seconds,
 )
-from pipeline.vad import MAYBE_SPEECH, SURE_SPEECH, Frames
+from pipeline.vad import SURE_SPEECH, Frames, voiced_s
 
 MARGIN = 3 * SAMPLE_RATE // 10  # a segment covers speech this close to it: timestamps are that exact
 # The flag is set where a span with EMPTY of sure speech has no text at all, or anywhere SPOKEN of it lies together,
@@ -190,7 +190,7 @@ def _speech_s(segment: Segment, unit: Unit) -> float | None:
     if unit.speech is None:
         return None
     frames = _frames_of(segment, unit.start)
-    return float((unit.speech[frames] >= MAYBE_SPEECH).sum()) * VAD_FRAME / SAMPLE_RATE
+    return voiced_s(unit.speech[frames])
 
 
 def _covered(segments: Sequence[Segment], unit_start: int, n_frames: int) -> NDArray[np.bool_]:

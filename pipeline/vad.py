@@ -137,7 +137,12 @@ def voice_s(speech: Frames) -> float:
         return math.inf
     start, stop = runs(speech >= MAYBE_SPEECH)
     longest = int((stop - start).max(initial=0))
-    return max(int((kept >= MAYBE_SPEECH).sum()), longest if longest >= WORD else 0) * VAD_FRAME / SAMPLE_RATE
+    return max(voiced_s(kept), longest * VAD_FRAME / SAMPLE_RATE if longest >= WORD else 0.0)
+
+
+def voiced_s(speech: Frames) -> float:
+    """Seconds of the frames that reach the low bar."""
+    return int((speech >= MAYBE_SPEECH).sum()) * VAD_FRAME / SAMPLE_RATE
 
 
 def runs(mask: NDArray[np.bool_]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:

@@ -16,7 +16,6 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,17 +24,16 @@ from pipeline.engine.language import Heard, follow
 from pipeline.engine.timing import CLOSING, OPENING, Draft, WordTiming, frames, last_word_end, place_words
 from pipeline.engine.tokens import Tokenizer
 from pipeline.errors import NonFiniteError
-from pipeline.flags import MISMATCH, REDECODED, SURELY_HEARD, are_kin
+from pipeline.flags import MISMATCH, REDECODED, SURELY_HEARD, are_kin, is_too_long
 from pipeline.types import SAMPLE_RATE, VAD_FRAME, DecodeOptions, Hypothesis, Pcm, Segment
-from pipeline.vad import MAYBE_SPEECH, Frames, voice_s
+from pipeline.vad import Frames, voice_s, voiced_s
 
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 FRAMES_PER_TOKEN = 2  # a timestamp token is 20 ms
 SECONDS_PER_TOKEN = FRAMES_PER_TOKEN / FRAMES_PER_SECOND
 MAX_INITIAL_TIMESTAMP = 50  # tokens: the first timestamp is at most 1.0 s
 TEXT_CONTEXT = 448  # decoder positions; half of them hold history, half are sampled
-MAX_CHARACTERS_PER_S = 25  # more than a fast speaker says
-FAST_CHARACTERS_PER_S, SLOW_CHARACTERS_PER_S = 20, 10
+FAST_CHARACTERS_PER_S, SLOW_CHARACTERS_PER_S = 20, 10  # what speakers say
 CUT_MARGIN_S = 0.5  # text that ends nearer to a cut in running speech may be cut, or made up, itself
 DYING_S = 0.1  # a voice may go on so long behind the end that its sentence was given
 LATE_S = 0.3  # a sentence may begin so much earlier than the time that it was given
@@ -73,10 +71,7 @@ class Span:
 
     def voiced_s(self, start_s: float, end_s: float) -> float:
         """Seconds between the two in which there may be a voice; all of them where there is nobody to ask."""
-        if self.speech is None:
-            return end_s - start_s
-        n_voiced = np.count_nonzero(self._frames(self.speech, start_s, end_s) >= MAYBE_SPEECH)
-        return int(n_voiced) * VAD_FRAME / SAMPLE_RATE
+        return end_s - start_s if self.speech is None else voiced_s(self._frames(self.speech, start_s, end_s))
 
     @staticmethod
     def _frames(speech: Frames, start_s: float, end_s: float) -> Frames:
@@ -508,11 +503,7 @@ def _keep_finished(drafts: list[Draft], window: Window) -> int:
 
 def _is_invented(draft: Draft) -> bool:
     """More text than a voice can say in its time."""
-    return _is_too_long(draft.text, draft.end - draft.start)
-
-
-def _is_too_long(text: str, voice_s: float) -> bool:
-    return len(text) > 5 + MAX_CHARACTERS_PER_S * voice_s
+    return is_too_long(draft.text, draft.end - draft.start)
 
 
 def _drop_what_nobody_says(drafts: list[Draft], span: Span, segments: Sequence[Segment]) -> None:
@@ -531,26 +522,30 @@ def _drop_what_nobody_says(drafts: list[Draft], span: Span, segments: Sequence[S
 def _is_nobodys(draft: Draft, before: Sequence[Segment | Draft], span: Span) -> bool:
     """Of a span's last text. One that begins where the audio ends was heard in the padding, where a model may make one
     up; and what begins behind the last voice can be as much as is heard of one there, a quiet word perhaps."""
-    previous = next((one for one in reversed(before) if one.text.strip()), None)
+    previous = _last_said(before)
     if previous is not None and _has_time_for(draft, previous, span):
         return False
     end = len(span.pcm) / SAMPLE_RATE
-    if draft.start >= end - 0.1 and _is_too_long(draft.text, end - draft.start):
+    if draft.start >= end - 0.1 and is_too_long(draft.text, end - draft.start):
         return True
     voice_s = _voice_after_s(span, before, draft.start)
-    return not voice_s or _is_too_long(draft.text, voice_s)
+    return not voice_s or is_too_long(draft.text, voice_s)
 
 
 def _voice_after_s(span: Span, before: Sequence[Segment | Draft], begins_s: float) -> float:
     """For how long somebody can be saying what begins then, after what the span has `before`; infinite for its first
     text, and where it is surely a voice."""
-    ended_s = next((one.end for one in reversed(before) if one.text.strip()), None)
-    return math.inf if ended_s is None else span.voice_s(max(ended_s + DYING_S, begins_s - LATE_S))
+    previous = _last_said(before)
+    return math.inf if previous is None else span.voice_s(max(previous.end + DYING_S, begins_s - LATE_S))
+
+
+def _last_said(texts: Sequence[Segment | Draft]) -> Segment | Draft | None:
+    return next((one for one in reversed(texts) if one.text.strip()), None)
 
 
 def _is_ahead_of_the_voice(draft: Draft, following: Draft, span: Span) -> bool:
     """More text than anybody is heard saying before `following`."""
-    too_long = _is_too_long(draft.text, span.voice_s(0.0, following.start - LATE_S))
+    too_long = is_too_long(draft.text, span.voice_s(0.0, following.start - LATE_S))
     return too_long and not _has_time_for(draft, following, span)
 
 
@@ -559,10 +554,9 @@ def _has_time_for(draft: Draft, neighbour: Segment | Draft, span: Span) -> bool:
 
     A script that puts no spaces between words has a third of the characters.
     """
-    voiced_s = span.voiced_s(neighbour.start, neighbour.end)
-    share = 1 if " " in neighbour.text.strip() else 3
-    slow, fast = (5 + pace / share * voiced_s for pace in (SLOW_CHARACTERS_PER_S, FAST_CHARACTERS_PER_S))
-    return len(neighbour.text) + 10 < slow and len(neighbour.text + draft.text) <= fast
+    time_s = span.voiced_s(neighbour.start, neighbour.end) / (1 if " " in neighbour.text.strip() else 3)
+    is_too_much_for_one = len(neighbour.text) + 5 < SLOW_CHARACTERS_PER_S * time_s
+    return is_too_much_for_one and len(neighbour.text + draft.text) <= 5 + FAST_CHARACTERS_PER_S * time_s
 
 
 def _clear_empty(drafts: Sequence[Draft]) -> None:

@@ -212,12 +212,7 @@ def measure_case(clips: dict[str, Clip]) -> dict[str, Any]:
     found: dict[str, Found] = {}
     done: dict[str, Transcript] = {}
     for algorithm, length_s in SETTINGS:
-        config = demo_config(algorithm=algorithm, chunk_length_s=length_s)
-        assert not config.condition_on_previous_text
-        done = transcribe(clips, config, "cpu", "float32")
-        found = {k: (one.text, [(s.start, s.end) for s in one.segments if s.text]) for k, one in done.items()}
-        n_flagged = sum(flagged(clip, done[name]) for name, clip in clips.items())
-        report[f"{algorithm}, {length_s} s"] = _sum(clips, found) | {"flagged": n_flagged}
+        done, found, report[f"{algorithm}, {length_s} s"] = _measured(clips, algorithm, length_s)
     wrong = report[f"{algorithm}, {length_s} s"]["where"]
     heard = {name: transcribe_openai(reference_model(), clips[name].pcm) for name in wrong}
     theirs: dict[str, Found] = {name: (one.text, one.segments) for name, one in heard.items()}
@@ -232,14 +227,22 @@ def measure_case(clips: dict[str, Clip]) -> dict[str, Any]:
 
 def measure_windows(seeds: Sequence[int], cases: Sequence[str]) -> dict[str, Any]:
     """Every case's recordings of these seeds in `windows`, all in one sum."""
-    algorithm, length_s = SETTINGS[0]
     clips = {
         f"{case}, {lang}/{seed}": CASES[case](lang, seed) for case in cases for lang in LANGUAGES for seed in seeds
     }
-    done = transcribe(clips, demo_config(algorithm=algorithm, chunk_length_s=length_s), "cpu", "float32")
+    return {"seeds": list(seeds), "recordings": len(clips), **_measured(clips, *SETTINGS[0])[2]}
+
+
+def _measured(
+    clips: dict[str, Clip], algorithm: Algorithm, length_s: int
+) -> tuple[dict[str, Transcript], dict[str, Found], dict[str, Any]]:
+    """The recordings' Transcripts in one setting, what of them is counted, and the counts."""
+    config = demo_config(algorithm=algorithm, chunk_length_s=length_s)
+    assert not config.condition_on_previous_text
+    done = transcribe(clips, config, "cpu", "float32")
     found: dict[str, Found] = {k: (t.text, [(s.start, s.end) for s in t.segments if s.text]) for k, t in done.items()}
     n_flagged = sum(flagged(clip, done[name]) for name, clip in clips.items())
-    return {"seeds": list(seeds), "recordings": len(clips), **_sum(clips, found), "flagged": n_flagged}
+    return done, found, _sum(clips, found) | {"flagged": n_flagged}
 
 
 def _sum(clips: dict[str, Clip], found: dict[str, Found]) -> dict[str, Any]:
