@@ -19,7 +19,6 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse
-from starlette.types import ASGIApp
 
 from pipeline.config import LimitsConfig
 from pipeline.errors import MurmurError
@@ -93,7 +92,7 @@ def create_app(
 class Server:
     """The ASGI application, and the parts that whoever runs it looks at."""
 
-    def __init__(self, asgi: ASGIApp, app: App) -> None:
+    def __init__(self, asgi: Door, app: App) -> None:
         self.asgi, self.app = asgi, app
 
     def drain(self) -> None:

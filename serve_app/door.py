@@ -1,6 +1,7 @@
 """What every request passes, before any route: its id, its token, its headers, the meters, the log line, the last word.
 
-Plain ASGI, so that bodies and streams pass through as they come. An answer that is ready before its body has come is
+Plain ASGI, so that bodies and streams pass through as they come; and `turn_away`, which a connection asks before it
+makes a request of a head. An answer that is ready before its body has come is
 sent at once, and what still comes is thrown away for a moment: a connection that is closed with unread bytes in it
 takes the answer with it.
 """
@@ -11,11 +12,13 @@ import asyncio
 import logging
 import time
 from contextlib import suppress
+from functools import partial
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve_app.connection import LINGER_BYTES, LINGER_S, Refusal
 from serve_app.context import App, Context
 from serve_app.errors import Answer, NotReadyError, RefusedError, answer
 from serve_app.limits import BusyError
@@ -32,7 +35,6 @@ OPEN = (
 )  # need no token; nothing of a caller's is there
 OPEN_FOLDERS = ("/page/", "/docs/")
 LONGEST_METHOD = 16  # in a log line: a head has room for one of 32 KB
-LINGER_S, LINGER_BYTES = 2.0, 16 << 20
 WITH_AUDIO = ("/v1/inference/{model}", *(
     f"{prefix}/audio/{task}" for prefix in ("/v1", "/v1/openai") for task in ("transcriptions", "translations")
 ))  # fmt: skip
@@ -59,24 +61,36 @@ class Door:
         else:  # a websocket: there are none
             await send({"type": "websocket.close", "code": 1000})
 
+    def turn_away(self, method: str, path: str, headers: Headers) -> Refusal | None:
+        """The answer to a request that is refused for its head alone; None for another."""
+        route = route_of(path)
+        try:
+            self._refuse(method, path, route, headers)
+        except (RefusedError, BusyError) as error:
+            context = Context(self._app)
+            said = self._answer(error, path, context)
+            own = {"X-Request-Id": context.id, **SAFE}
+            return Refusal(said, own, partial(self._ended, context, method, route, str(said.status)))
+        return None
+
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         context = Context(self._app)
         scope["murmur"] = context
         passage = _Passage(scope, receive, send, context)
-        route = route_of(scope["path"])
-        meters = self._app.meters
+        method, path = scope["method"], scope["path"]
+        route = route_of(path)
         try:
-            with meters.in_flight.track_inprogress():
+            with self._app.meters.in_flight.track_inprogress():
                 try:
-                    self._refuse(scope, route)
+                    self._refuse(method, path, route, Headers(scope=scope))
                     await self._inner(scope, passage.receive, passage.send)
                 except ClientDisconnect:
                     context.kind = "gone"
                 except (RefusedError, BusyError) as error:
-                    await self._say(error, scope, passage, context)
+                    await passage.answer(self._answer(error, path, context))
                 except asyncio.CancelledError:  # by the server, whose time to drain is over
                     if passage.status is None:
-                        await self._say(NotReadyError("not ready: shutting down"), scope, passage, context)
+                        await passage.answer(self._answer(NotReadyError("not ready: shutting down"), path, context))
                     raise
                 except Exception:  # whatever it is, the caller was told, and the next one is served
                     log.exception("request %s", context.id)
@@ -85,20 +99,24 @@ class Door:
                         raise ConnectionError("an answer broke off") from None
                 await passage.linger()
         finally:
-            kind = context.kind
-            status = "gone" if kind == "gone" else str(passage.status or "gone")
-            meters.requests.labels(route, status).inc()
-            meters.seconds.labels(route).observe(time.monotonic() - context.began)
-            meters.body_bytes.inc(passage.n_read)
-            if kind:
-                meters.refused.labels(kind).inc()
-            if route not in OPEN:
-                self._log(scope["method"], route, status, kind, passage.n_read, context)
+            status = "gone" if context.kind == "gone" else str(passage.status or "gone")
+            self._ended(context, method, route, status, passage.n_read)
 
-    async def _say(self, error: Exception, scope: Scope, passage: _Passage, context: Context) -> None:
-        said = answer(error, openai=is_openai(scope["path"]), busy_status=self._app.limits.busy_status)
+    def _answer(self, error: Exception, path: str, context: Context) -> Answer:
+        said = answer(error, openai=is_openai(path), busy_status=self._app.limits.busy_status)
         context.kind = said.kind
-        await passage.answer(said)
+        return said
+
+    def _ended(self, context: Context, method: str, route: str, status: str, n_read: int) -> None:
+        """Counted, and in the log: a request and its answer, after so many bytes of its body."""
+        meters = self._app.meters
+        meters.requests.labels(route, status).inc()
+        meters.seconds.labels(route).observe(time.monotonic() - context.began)
+        meters.body_bytes.inc(n_read)
+        if context.kind:
+            meters.refused.labels(context.kind).inc()
+        if route not in OPEN:
+            self._log(method, route, status, context.kind, n_read, context)
 
     @staticmethod
     def _log(method: str, route: str, status: str, kind: str, body_bytes: int, context: Context) -> None:
@@ -110,11 +128,9 @@ class Door:
         )
         log.info("%s %s: %s (%s), %s", method[:LONGEST_METHOD], route, status, context.id, more, extra=said)
 
-    def _refuse(self, scope: Scope, route: str) -> None:
+    def _refuse(self, method: str, path: str, route: str, headers: Headers) -> None:
         """Raises what is refused whatever the route, and who comes with audio while there is no room: before anything
         of the body is read, and by three layers less than the route would, since many are refused at once."""
-        headers = Headers(scope=scope)
-        path = scope["path"]
         is_open = path in OPEN or path.startswith(OPEN_FOLDERS)
         if not is_open and not self._app.tokens.allows(headers):
             raise RefusedError(401, "a token is needed: Authorization: Bearer TOKEN", "invalid_api_key")
@@ -122,7 +138,7 @@ class Door:
             raise RefusedError(400, "Content-Length and Transfer-Encoding exclude each other")
         if headers.get("content-encoding", "identity").strip().lower() not in ("identity", ""):
             raise RefusedError(415, "Content-Encoding: bodies are taken as they are only")
-        if route in WITH_AUDIO and scope["method"] == "POST":
+        if route in WITH_AUDIO and method == "POST":
             self._app.gate.refuse_arrival()
 
 

@@ -6,7 +6,9 @@ A message names what is wrong and where, and nothing of this machine. Knows no r
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Any
 
 from pipeline.errors import ApplicationError, AudioError, MurmurError, TooLongError, redact
@@ -54,6 +56,14 @@ class Answer:
 
     def to_bytes(self) -> bytes:
         return json.dumps(self.body, ensure_ascii=False).encode()
+
+    def to_wire(self, headers: Mapping[str, str]) -> bytes:
+        """All of it with these headers besides, for a connection that ends with it."""
+        body = self.to_bytes()
+        own = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close"}
+        lines = [f"HTTP/1.1 {self.status} {HTTPStatus(self.status).phrase}"]
+        lines += [f"{name}: {value}" for name, value in {**self.headers, **headers, **own}.items()]
+        return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
 
 
 def status_of(error: Exception) -> int:

@@ -16,11 +16,10 @@ import uvicorn
 
 from pipeline.errors import ConfigError
 from serve_app.app import Server
-from serve_app.connection import Connection
+from serve_app.connection import connections
 
 UNREAD_MS = 60_000  # an answer that a client takes nothing of for so long: its connection is cut
 IDLE_S = 75  # of a connection between two requests
-HEAD_BYTES = 32 << 10
 
 
 class HttpServer:
@@ -33,7 +32,9 @@ class HttpServer:
         self.host, self.port = host, int(self._socket.getsockname()[1])
         config = uvicorn.Config(
             server.asgi,
-            http=Connection,  # h11, strict about what a request is: two lengths, or a bad one, end the connection
+            http=connections(
+                server.asgi.turn_away
+            ),  # h11, strict about what a request is: two lengths, or a bad one, end the connection
             ws="none",
             lifespan="on",
             log_config=None,
@@ -42,7 +43,6 @@ class HttpServer:
             server_header=False,
             timeout_keep_alive=IDLE_S,
             timeout_graceful_shutdown=max(1, round(drain_s)),
-            h11_max_incomplete_event_size=HEAD_BYTES,
         )
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # the door tells what there is to tell
         self._uvicorn = uvicorn.Server(config)

@@ -14,6 +14,7 @@ import requests
 from application import EN_FIVE, ROUTE, Serve, answer, is_quiet, post, raw, wait_until
 
 from serve_app import connection as connection_module
+from serve_app.auth import Tokens
 from serve_app.connection import Connection
 from serve_app.server import HttpServer
 
@@ -166,3 +167,90 @@ def test_an_answer_that_is_read_by_drops(serve: Serve, monkeypatch: pytest.Monke
         wait_until(lambda: all_of(server))
         wait_until(lambda: connection.recv(1) and not all_of(server), within_s=60)
     wait_until(lambda: is_quiet(server))
+
+
+# ---- turned away for the head alone
+
+
+POST_HEAD = (f"POST {ROUTE} HTTP/1.1", "Host: x", "Content-Type: application/json")
+
+
+def parted(said: bytes) -> tuple[str, dict[str, str], bytes]:
+    """The first line, the headers but for those that differ from answer to answer, the body."""
+    head, _, body = said.partition(b"\r\n\r\n")
+    first, *lines = head.decode().split("\r\n")
+    named = dict(line.lower().split(": ", 1) for line in lines)
+    return first, {name: value for name, value in named.items() if name not in ("date", "x-request-id")}, body
+
+
+def test_turned_away(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    """The answer comes before the body, which may still come; its bytes, the refusal and its time are counted once."""
+    server = serve(tokens=Tokens(("secret",)))
+    with caplog.at_level("INFO"), raw(server, *POST_HEAD, "Content-Length: 300000", body=b"{" * 1000) as connection:
+        said = connection.recv(65536)
+        connection.sendall(b" " * 298_000)
+        wait_until(lambda: all_of(server)[0]._away._n_read == 299_000)
+        assert not [one for one in caplog.records if "body_bytes" in one.message]  # it is not over
+        connection.sendall(b" " * 1000)
+        assert not answer(connection)
+        wait_until(lambda: not all_of(server))
+    assert said.startswith(b"HTTP/1.1 401 Unauthorized\r\n")
+    assert json.loads(parted(said)[2]) == {"detail": "a token is needed: Authorization: Bearer TOKEN"}
+    (line,) = [one.message for one in caplog.records if "body_bytes" in one.message]
+    assert "401" in line
+    assert "body_bytes 300000," in line
+    assert 'murmur_http_requests_total{route="/v1/inference/{model}",status="401"} 1.0' in page_of(server)
+    assert "murmur_http_body_bytes_total 300000.0" in page_of(server)
+    assert is_quiet(server)
+
+
+def page_of(server: HttpServer) -> str:
+    return server.app.meters.page().decode()
+
+
+def test_turned_away_is_said_as_in_any_other_way(serve: Serve) -> None:
+    """A body in chunks, whose length nobody knows, goes the long way: the same answer but for the spelling of names."""
+    server = serve(tokens=Tokens(("secret",)))
+    with raw(server, *POST_HEAD, "Content-Length: 2", body=b"{}") as connection:
+        short = answer(connection)
+    with raw(server, *POST_HEAD, "Transfer-Encoding: chunked", body=b"2\r\n{") as connection:
+        long = connection.recv(65536)
+    assert parted(short) == parted(long)
+    assert parted(short)[1]["connection"] == "close"
+
+
+@pytest.mark.parametrize("sent", [b"", b"{" * 10])
+def test_turned_away_and_silent(serve: Serve, monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
+    """A body that does not come is waited for a moment; one that does not end is not taken for ever."""
+    monkeypatch.setattr(connection_module, "LINGER_S", 0.5)
+    server = serve(tokens=Tokens(("secret",)))
+    with raw(server, *POST_HEAD, "Content-Length: 300000", body=sent) as connection:
+        assert answer(connection).startswith(b"HTTP/1.1 401 ")
+    monkeypatch.setattr(connection_module, "LINGER_S", 60)
+    monkeypatch.setattr(connection_module, "LINGER_BYTES", 1 << 20)
+    with raw(server, *POST_HEAD, f"Content-Length: {1 << 40}") as connection:
+        until_cut(lambda: connection.sendall(b" " * 100_000))
+    wait_until(lambda: not all_of(server))
+
+
+def test_turned_away_on_a_connection_that_was_used(serve: Serve) -> None:
+    """What was asked before is answered; what is sent after it, with the body or behind it, is not."""
+    server = serve(tokens=Tokens(("secret",)))
+    second = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+    with raw(server, "GET /healthz HTTP/1.1", "Host: x") as connection:
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+        connection.sendall("\r\n".join([*POST_HEAD, "Content-Length: 2", "", ""]).encode() + b"{}" + second)
+        said = answer(connection)
+    assert (said.count(b"HTTP/1.1"), said[:12]) == (1, b"HTTP/1.1 401")
+    assert is_quiet(server)
+
+
+def test_the_server_ends_while_one_is_turned_away(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection_module, "LINGER_S", 60)
+    server = serve(tokens=Tokens(("secret",)))
+    with raw(server, *POST_HEAD, "Content-Length: 300000") as connection:
+        assert connection.recv(65536).startswith(b"HTTP/1.1 401 ")
+        server.drain()
+        assert not answer(connection)
+    assert not server.is_alive
+    assert 'status="401"} 1.0' in page_of(server)
