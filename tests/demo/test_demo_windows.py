@@ -1,6 +1,7 @@
 """Training windows and their targets, checked against Whisper's protocol and against the model they once made."""
 
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from pipeline.demo import model_path
 from pipeline.demo.train.data import Corpus, WindowMaker, log_mel, make_batch
 from pipeline.demo.train.loss import compute_losses, to_device
 from pipeline.demo.train.net import Net, NetConfig
-from pipeline.demo.train.synth import Word, write_corpus
+from pipeline.demo.train.sounds import SoundBank
+from pipeline.demo.train.synth import SAMPLE_RATE, Word, write_corpus
 from pipeline.demo.train.targets import IGNORED, Placed, Style, write_targets
 from pipeline.demo.train.vocabulary import NO_SPEECH, demo_vocabulary, whisper_tokenizer
 
@@ -78,6 +80,37 @@ def test_a_seed_fixes_the_windows(corpus: Corpus) -> None:
     one, two = (make_batch(WindowMaker(corpus, seed=4), demo_vocabulary(), 2, 200) for _ in range(2))
     np.testing.assert_array_equal(one.mels, two.mels)
     np.testing.assert_array_equal(one.tokens, two.tokens)
+
+
+def test_sounds_are_drawn_by_lot() -> None:
+    """Another one every time, the same ones for a seed; all as loud as they can be, and never silent throughout."""
+    one, two = SoundBank(1), SoundBank(1)
+    random, again = Random(7), Random(7)
+    drawn = [one.draw(random, n) for n in (400, 16_000, 480_000) * 4]
+    for sound in drawn:
+        np.testing.assert_array_equal(sound, two.draw(again, len(sound)))
+        assert sound.dtype == np.float32
+        assert np.abs(sound).max() == pytest.approx(1.0)
+    assert len({float(sound.std()) for sound in drawn}) == len(drawn)
+
+
+def test_hard_windows(corpus: Corpus) -> None:
+    """Nobody's sounds in pauses and under speech, long pauses, a window that ends early: the targets are the same as
+    without, and of 60 windows some have each."""
+    maker = WindowMaker(corpus, seed=2)
+    windows = [maker.draw(1_500) for _ in range(60)]
+    pauses = [
+        b.start - a.end for one in windows for a, b in zip(one.placed, one.placed[1:], strict=False) if not b.cut_off
+    ]
+    assert max(pauses) > 8
+    assert any(not one.placed and np.abs(one.samples).max() > 0.05 for one in windows)
+    assert any(one.placed and not one.samples[-SAMPLE_RATE:].any() for one in windows)
+    for one in windows:
+        assert np.isfinite(one.samples).all()
+        assert np.abs(one.samples).max() < 2
+        for sentence in one.placed:
+            heard = one.samples[round(sentence.start * SAMPLE_RATE) : round(sentence.end * SAMPLE_RATE)]
+            assert np.abs(heard).max() > 0.005
 
 
 def test_log_mel_is_openai_whispers(corpus: Corpus) -> None:

@@ -1,4 +1,5 @@
-"""Training windows, made on the fly: sentences laid out in a window, noise, log-mel, and what the decoder shall say.
+"""Training windows, made on the fly: sentences laid out in a window, what else is heard, log-mel, and what the decoder
+shall say.
 
 A window is 4, 10 or 30 s. A short one stands for a random slice of the 30 s that the model always sees: it takes
 encoder positions and timestamps from anywhere among the 1,500, so all of them are learnt at a seventh of the price.
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.demo.train.lexicon import LANGUAGES, Language
+from pipeline.demo.train.sounds import SoundBank
 from pipeline.demo.train.synth import SAMPLE_RATE, Utterance, read_corpus
 from pipeline.demo.train.targets import (
     IGNORED,
@@ -49,6 +51,8 @@ N_CHARACTER_CLASSES = len(CHARACTERS) + 1  # and the CTC blank, which is 0
 _TELEPHONE_MELS = (58, 62)  # the bands at 3.4 and 4.0 kHz
 _MEL_RANGE = 8.0  # decades below the loudest that a window keeps
 _LEAST_ROOM_S = 0.3  # at the window's end, less than this is not begun
+_LEAST_PAUSE_S = 0.25  # that a sound is put into
+_LOUD = 0.3  # about a sentence's peak
 
 
 # --- the corpus -------------------------------------------------------------------------------------------------
@@ -83,6 +87,16 @@ class Corpus:
 
 
 @dataclass(frozen=True, slots=True)
+class Scene:
+    """What makes a window hard, beside what is said in it. Three quarters of the windows have at least one of these."""
+
+    long_pauses: bool
+    sounds_in_pauses: bool
+    sound_under_it: bool
+    padded: bool  # digital silence from some moment after the last sentence on, as a decoder sees a short span
+
+
+@dataclass(frozen=True, slots=True)
 class Example:
     """One finished window."""
 
@@ -108,14 +122,17 @@ class WindowMaker:
         self.random = Random(seed)
         self.generator = np.random.default_rng(seed)
         self._noises = _noise_bank(self.generator)
+        self._sounds = SoundBank(seed)
 
     def draw(self, n_positions: int) -> Example:
         style = self._draw_style(n_positions)
-        samples, placed = self._lay_out(style)
+        scene = self._draw_scene(style)
+        samples, placed = self._lay_out(style, scene)
+        samples = self._furnish(samples, placed, scene)
         prompt = self._draw_prompt(style)
         targets = write_targets(style, placed, prompt)
         return Example(
-            samples=self._degrade(samples, speech=bool(placed)),
+            samples=self._pad(self._degrade(samples, speech=bool(placed)), placed, scene),
             style=style,
             placed=tuple(placed),
             targets=targets,
@@ -146,17 +163,21 @@ class WindowMaker:
             language=language,
             task="translate" if translate else "transcribe",
             timestamps=timestamps,
-            speech=random.random() >= 0.04,
+            speech=random.random() >= 0.08,
             names_task=translate or not timestamps or random.random() >= 0.1,
         )
 
+    def _draw_scene(self, style: Style) -> Scene:
+        hard = [self.random.random() < share for share in (0.3, 0.3 if style.speech else 0.7, 0.2, 0.3)]
+        return Scene(style.full and hard[0], hard[1], hard[2], hard[3])
+
     # What is heard.
 
-    def _lay_out(self, style: Style) -> tuple[Samples, list[Placed]]:
+    def _lay_out(self, style: Style, scene: Scene) -> tuple[Samples, list[Placed]]:
         """Sentences of one language one after another, until there are enough or the window is full."""
         samples = np.zeros(style.n_positions * SAMPLES_PER_POSITION, np.float32)
         placed: list[Placed] = []
-        cursor, wanted = self._draw_lead(style), self._draw_number(style)
+        cursor, wanted = self._draw_lead(style, scene), self._draw_number(style)
         while len(placed) < wanted and cursor <= style.seconds - _LEAST_ROOM_S:
             inside = not placed and style.task == "transcribe" and self.random.random() < 0.08
             cursor = 0.0 if inside else cursor
@@ -169,12 +190,14 @@ class WindowMaker:
                 break
             self._mix(samples, audio, cursor)
             placed.append(sentence)
-            cursor = sentence.end + self._draw_gap()
+            cursor = sentence.end + self._draw_gap(scene)
         return samples, placed
 
-    def _draw_lead(self, style: Style) -> float:
+    def _draw_lead(self, style: Style, scene: Scene) -> float:
         if not style.speech or self.random.random() < 0.3:
             return 0.0
+        if scene.long_pauses and self.random.random() < 0.5:
+            return self.random.uniform(2, 24)
         late = style.seconds >= 8 and self.random.random() < 0.15
         return self.random.uniform(1, 4) if late else self.random.uniform(0, 1)
 
@@ -184,9 +207,11 @@ class WindowMaker:
             return 0
         return 99 if self.random.random() < 0.5 else self.random.randint(1, max(1, int(style.seconds / 3)))
 
-    def _draw_gap(self) -> float:
+    def _draw_gap(self, scene: Scene) -> float:
         """Mostly the pauses of a speaker; some sentences follow at once, some after a long silence."""
         kind = self.random.random()
+        if scene.long_pauses and kind < 0.5:
+            return self.random.uniform(2, 20)
         if kind < 0.25:
             return self.random.uniform(0.0, 0.1)
         return self.random.uniform(0.05, 0.7) if kind < 0.88 else self.random.uniform(0.7, 2.5)
@@ -212,6 +237,41 @@ class WindowMaker:
         start = int(start_s * SAMPLE_RATE)
         audio = audio[: len(samples) - start]
         samples[start : start + len(audio)] += audio * np.float32(_gain(self.random.uniform(-6, 0)))
+
+    def _furnish(self, samples: Samples, placed: Sequence[Placed], scene: Scene) -> Samples:
+        """Sounds in which nobody speaks: in the pauses, or all of the window where nobody does, from 40 dB below a
+        sentence to as loud as one; and 6 to 30 dB below it under all that is said."""
+        if scene.sounds_in_pauses:
+            for start, end in _pauses(placed, len(samples) / SAMPLE_RATE):
+                self._play(samples, start, end)
+        if scene.sound_under_it and placed:
+            spoken = samples[samples != 0]
+            sound = self._sounds.draw(self.random, len(samples))
+            loudness = float(spoken.std() / max(sound.std(), 1e-6)) if len(spoken) else 0.0
+            samples = samples + sound * np.float32(loudness * _gain(-self.random.uniform(6, 30)))
+        return samples
+
+    def _play(self, samples: Samples, start: float, end: float) -> None:
+        """A sound in a pause, or a part of it; seconds."""
+        if self.random.random() < 0.5:  # not from edge to edge
+            start += self.random.uniform(0, min(0.4, (end - start) / 3))
+            end -= self.random.uniform(0, min(0.4, (end - start) / 3))
+        first, last = round(start * SAMPLE_RATE), round(end * SAMPLE_RATE)
+        if self.random.random() < 0.1 or last - first < _LEAST_PAUSE_S * SAMPLE_RATE:
+            return
+        sound = self._sounds.draw(self.random, last - first)
+        fade = round(self.random.choice((0.002, 0.02, 0.1)) * SAMPLE_RATE)
+        ramp = np.minimum(1.0, np.arange(1, fade + 1, dtype=np.float32) / fade)
+        sound[:fade] *= ramp
+        sound[-fade:] *= ramp[::-1]
+        samples[first:last] += sound * np.float32(_LOUD * _gain(-max(0.0, self.random.uniform(-10, 40))))
+
+    def _pad(self, samples: Samples, placed: Sequence[Placed], scene: Scene) -> Samples:
+        """Nothing at all from some moment after the last sentence on."""
+        last = placed[-1].end if placed else self.random.uniform(0.2, 20)
+        if scene.padded:
+            samples[round((last + self.random.choice((0.2, self.random.uniform(0, 3)))) * SAMPLE_RATE) :] = 0
+        return samples
 
     def _degrade(self, samples: Samples, *, speech: bool) -> Samples:
         """Another volume and, for 60 %, noise 28 to 60 dB below the loudest sample."""
@@ -249,6 +309,12 @@ class WindowMaker:
         if style.full or prompt or self.random.random() < 0.5:
             return 0
         return self.random.randint(0, max(0, N_SLOTS - 1 - n_tokens))
+
+
+def _pauses(placed: Sequence[Placed], seconds: float) -> list[tuple[float, float]]:
+    """Where nobody speaks in a window of so many seconds; none of it shorter than `_LEAST_PAUSE_S`."""
+    starts, ends = [0.0, *(one.end for one in placed)], [*(one.start for one in placed), seconds]
+    return [(start, end) for start, end in zip(starts, ends, strict=True) if end - start >= _LEAST_PAUSE_S]
 
 
 def _gain(decibels: float) -> float:
