@@ -74,12 +74,12 @@ def test_no_window_holds_more_than_three_sentences() -> None:
 
 
 def test_both_algorithms_say_the_same_of_short_recordings() -> None:
-    made = {name: one for name, one in two_algorithms.corpus(0.8, seed=6).items() if not name.endswith("long")}
+    made = {name: one for name, one in two_algorithms.corpus(2.4, seed=6).items() if not name.endswith("long")}
     found = two_algorithms.compare(made, two_algorithms.WINDOW_S)
     assert abs(found["sequential_minus_windows"]["points"]) <= 2
     low, high = found["windows"]["interval"]
     assert low <= found["windows"]["wer_percent"] <= min(high, 10)
-    assert found["windows"]["language_right"] == found["sequential"]["language_right"] == 1
+    assert min(found[algorithm]["language_right"] for algorithm in ("windows", "sequential")) > 0.9
 
 
 # What each of them showed: recordings as they are; the first beat of music, and noise that breaks off, at the end of a
