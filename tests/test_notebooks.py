@@ -18,7 +18,7 @@ NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 NAMES = ("quickstart", "corpus", "endpoint", "cluster")
 SAID = {  # what each has printed in the end, and how many pictures it has drawn
     "quickstart": ("en The exam is on Thursday, the twelfth of April. Laura counts sixteen blue boats in Madrid.", 2),
-    "corpus": ("10 recordings, 62 segments\n1 failed recording left out\n", 2),
+    "corpus": ("10 recordings, 64 segments\n1 failed recording left out\n", 2),
     "endpoint": ("Laura counts sixteen blue boats in Madrid.", 0),
     "cluster": ("unknown setting 'lane'; did you mean 'lanes'?", 1),
 }
