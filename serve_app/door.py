@@ -1,9 +1,8 @@
 """What every request passes, before any route: its id, its token, its headers, the meters, the log line, the last word.
 
 Plain ASGI, so that bodies and streams pass through as they come; and `turn_away`, which a connection asks before it
-makes a request of a head. An answer that is ready before its body has come is
-sent at once, and what still comes is thrown away for a moment: a connection that is closed with unread bytes in it
-takes the answer with it.
+makes a request of a head. An answer that is ready before its body has come is sent at once, and what still comes is
+thrown away for a moment: a connection that is closed with unread bytes in it takes the answer with it.
 """
 
 from __future__ import annotations

@@ -32,9 +32,8 @@ class HttpServer:
         self.host, self.port = host, int(self._socket.getsockname()[1])
         config = uvicorn.Config(
             server.asgi,
-            http=connections(
-                server.asgi.turn_away
-            ),  # h11, strict about what a request is: two lengths, or a bad one, end the connection
+            # h11, strict about what a request is: two lengths, or a bad one, end the connection
+            http=connections(server.asgi.turn_away),
             ws="none",
             lifespan="on",
             log_config=None,

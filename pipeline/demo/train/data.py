@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.demo.train.lexicon import LANGUAGES, Language
-from pipeline.demo.train.sounds import SoundBank
+from pipeline.demo.train.sounds import Samples, SoundBank
 from pipeline.demo.train.synth import SAMPLE_RATE, Utterance, read_corpus
 from pipeline.demo.train.targets import (
     IGNORED,
@@ -37,8 +37,6 @@ from pipeline.demo.train.vocabulary import END, FIRST_TIMESTAMP, PREVIOUS, Vocab
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Samples = NDArray[np.float32]
 
 SAMPLES_PER_POSITION = SAMPLE_RATE // POSITIONS_PER_S
 N_SLOTS = 448  # of the decoder
@@ -88,7 +86,7 @@ class Corpus:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What makes a window hard, beside what is said in it. Three quarters of the windows have at least one of these."""
+    """What makes a window hard, beside what is said in it. Most windows have at least one of these."""
 
     long_pauses: bool
     sounds_in_pauses: bool
