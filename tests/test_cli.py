@@ -276,25 +276,48 @@ def test_a_signal_where_nothing_is_committed_promises_nothing(
     assert call("transcribe", clip, *FAKE) == (130, "", "murmur: stopped by SIGINT\n")
 
 
+@pytest.mark.parametrize(("first", "second"), [("SIGTERM", "SIGINT"), ("SIGINT", "SIGTERM"), ("SIGTERM", "SIGTERM")])
+def test_a_second_signal_ends_the_process_at_once(first: str, second: str) -> None:
+    """Whatever it does about the first; what a process that is killed leaves, the kill series goes on from."""
+    code = """
+import time
+from pipeline.signals import Stopped, stop_on_signals
+with stop_on_signals():
+    try:
+        print("at work", flush=True)
+        time.sleep(60)
+    except Stopped as stopped:
+        print(stopped, flush=True)
+        time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "at work\n"
+        process.send_signal(signal.Signals[first])
+        assert process.stdout.readline() == f"stopped by {first}\n"
+        process.send_signal(signal.Signals[second])
+        assert process.wait(30) == -signal.Signals[second]
+
+
 @pytest.mark.ray
 def test_a_signal_ends_the_run_and_it_can_go_on(tmp_path: Path) -> None:
+    """Ctrl-C. `test_submit` has SIGTERM, as Ray sends it to a job that is stopped."""
     for i in range(6):
         write_wav(tmp_path / "in" / f"{i}.wav", tone(300 + i, 1.0))
-    hang = "fake.faults=[{match: '*/5.wav', kind: hang, times: 2}]"
+    hang = "fake.faults=[{match: '*/5.wav', kind: hang, times: 1}]"
     job = ("transcribe", tmp_path / "in", "--output", tmp_path / "out", *FAKE, "--set", hang)
     started = tmp_path / "out" / "_run" / "faults"
-    for n, (signum, code) in enumerate([(signal.SIGTERM, 143), (signal.SIGINT, 130)], start=1):
-        with subprocess.Popen(command(*job), stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
-            deadline = time.monotonic() + 120
-            while len(list(started.glob("*"))) < n:  # the last file hangs in the engine
-                assert process.poll() is None, process.communicate()
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
-            os.kill(process.pid, signum)
-            _, err = process.communicate(timeout=60)
-        assert process.returncode == code, err
-        assert f"stopped by {signum.name}; what is committed stays, the same command goes on from there" in err
-        assert "Traceback" not in err
+    with subprocess.Popen(command(*job), stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        deadline = time.monotonic() + 120
+        while not list(started.glob("*")):  # the last file hangs in the engine
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        os.kill(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "stopped by SIGINT; what is committed stays, the same command goes on from there" in err
+    assert "Traceback" not in err
     done = murmur(*job, "--json")
     assert done.returncode == EXIT_OK, done.stderr
     assert "core_worker" not in done.stderr

@@ -64,9 +64,11 @@ try:
         if point == "success":
             before(Store, "put", lambda self, name, data: name == "_SUCCESS" and b'"rewriting": []' in data)
         f.finalize(output, use_ray=False, lease=lease)
+    code = 0
 except MurmurError as error:
-    print(error, file=sys.stderr)
-    sys.exit(error.exit_code)
+    print(error, file=sys.stderr, flush=True)
+    code = error.exit_code
+os._exit(code)  # as `murmur` ends (`cli.script`): threads of C++ libraries abort the end of some interpreters
 """
 
 
