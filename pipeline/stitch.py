@@ -30,14 +30,12 @@ from pipeline.types import (
     Word,
     seconds,
 )
-from pipeline.vad import SURE_SPEECH, Frames, voiced_s
+from pipeline.vad import SPOKEN, SURE_SPEECH, Frames, longest, voiced_s
 
 MARGIN = 3 * SAMPLE_RATE // 10  # a segment covers speech this close to it: timestamps are that exact
-# The flag is set where a span with EMPTY of sure speech has no text at all, or anywhere SPOKEN of it lies together,
-# with no more than APART in between, and no segment covers it. In frames of 32 ms.
+# The flag is set where a span with EMPTY of sure speech has no text at all, or anywhere SPOKEN of it lies together and
+# no segment covers it. In frames of 32 ms.
 EMPTY = 8  # 0.26 s, a short word
-SPOKEN = 31  # 1.0 s
-APART = 31  # 1.0 s
 UNPLACED_S = 0.05  # seconds: no word is that short
 CHARACTERS_PER_S = 12  # of slow speech
 
@@ -176,7 +174,7 @@ def _with_coverage(result: UnitResult, speech: Frames, empty: Sequence[Range]) -
     sure = speech >= SURE_SPEECH
     uncovered = sure & ~_covered(result.segments, result.start, len(speech))
     silent = any(sure[span.start // VAD_FRAME : -(-span.stop // VAD_FRAME)].sum() >= EMPTY for span in empty)
-    flagged = silent or _longest(uncovered) >= SPOKEN
+    flagged = silent or longest(uncovered) >= SPOKEN
     return replace(
         result,
         speech=_n_samples(sure, result.n_samples),
@@ -216,13 +214,6 @@ def _unplaced(words: Sequence[Word]) -> float:
     """
     lost = takewhile(lambda word: word.end - word.start < UNPLACED_S, words)
     return sum(len(word.word) for word in lost) / CHARACTERS_PER_S
-
-
-def _longest(uncovered: NDArray[np.bool_]) -> int:
-    """The most frames of uncovered speech that lie together, with no more than APART between one and the next."""
-    at = np.flatnonzero(uncovered)
-    groups = np.split(at, np.flatnonzero(np.diff(at) > APART) + 1)
-    return max(len(group) for group in groups)
 
 
 def _n_samples(frames: NDArray[np.bool_], n_samples: int) -> int:

@@ -40,6 +40,7 @@ SURE_SPEECH = 128
 
 # What sounds like speech for a moment only is none (`believed`). In frames.
 APART = 31  # 1.0 s
+SPOKEN = 31  # 1.0 s of sure speech together: somebody says something
 SURE_FRAMES = 3
 LASTING, DENSE = 16, 0.6  # 0.5 s, most of it
 WORD = 7  # 0.22 s: the voice of a short word
@@ -138,6 +139,13 @@ def voice_s(speech: Frames) -> float:
     start, stop = runs(speech >= MAYBE_SPEECH)
     longest = int((stop - start).max(initial=0))
     return max(voiced_s(kept), longest * VAD_FRAME / SAMPLE_RATE if longest >= WORD else 0.0)
+
+
+def longest(frames: NDArray[np.bool_]) -> int:
+    """The most frames set that lie together, with no more than APART between one and the next."""
+    at = np.flatnonzero(frames)
+    groups = np.split(at, np.flatnonzero(np.diff(at) > APART) + 1)
+    return max(len(group) for group in groups)
 
 
 def voiced_s(speech: Frames) -> float:

@@ -26,7 +26,7 @@ from pipeline.engine.tokens import Tokenizer
 from pipeline.errors import NonFiniteError
 from pipeline.flags import MISMATCH, REDECODED, SURELY_HEARD, are_kin, is_too_long
 from pipeline.types import SAMPLE_RATE, VAD_FRAME, DecodeOptions, Hypothesis, Pcm, Segment
-from pipeline.vad import Frames, voice_s, voiced_s
+from pipeline.vad import SPOKEN, SURE_SPEECH, Frames, longest, voice_s, voiced_s
 
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 FRAMES_PER_TOKEN = 2  # a timestamp token is 20 ms
@@ -36,6 +36,7 @@ TEXT_CONTEXT = 448  # decoder positions; half of them hold history, half are sam
 FAST_CHARACTERS_PER_S, SLOW_CHARACTERS_PER_S = 20, 10  # what speakers say
 CUT_MARGIN_S = 0.5  # text that ends nearer to a cut in running speech may be cut, or made up, itself
 DYING_S = 0.1  # a voice may go on so long behind the end that its sentence was given
+COVERED_S = 0.3  # a text covers speech this close to its end, as in `stitch`
 LATE_S = 0.3  # a sentence may begin so much earlier than the time that it was given
 ONSET = 1 * FRAMES_PER_SECOND  # of a short window without speech that is heard again with what follows
 PROMPT_CONTEXT = TEXT_CONTEXT // 2 - 1  # tokens of history that fit: 223
@@ -72,6 +73,10 @@ class Span:
     def voiced_s(self, start_s: float, end_s: float) -> float:
         """Seconds between the two in which there may be a voice; all of them where there is nobody to ask."""
         return end_s - start_s if self.speech is None else voiced_s(self._frames(self.speech, start_s, end_s))
+
+    def is_spoken(self, start_s: float, end_s: float) -> bool:
+        """Whether somebody surely says something between the two; False where there is nobody to ask."""
+        return self.speech is not None and (longest(self._frames(self.speech, start_s, end_s) >= SURE_SPEECH) >= SPOKEN)
 
     @staticmethod
     def _frames(speech: Frames, start_s: float, end_s: float) -> Frames:
@@ -204,7 +209,8 @@ def walk(
 
     `windows` skips silence, and what a span holds of it ahead of the first voice and behind the last one is a margin,
     no more: where `span.speech` knows that nobody speaks, or not for as long as the text takes, what the model hears
-    there (a beat of music, a noise that breaks off) is not believed, and there is nothing to decode again.
+    there (a beat of music, a noise that breaks off) is not believed, and there is nothing to decode again. Where it
+    knows that somebody goes on speaking behind a window's last text, the window is decoded again from there.
     """
     history = History(tokenizer, options, first)
     each_window = options.language == "window"
@@ -250,6 +256,9 @@ def walk(
             if options.algorithm == "windows":
                 _drop_what_nobody_says(drafts, span, state.segments)
                 _clear_empty(drafts)  # before words are timed: asking for words never changes the text
+                said = _until_the_voice_goes_on(drafts, window)
+                if said < advance:
+                    advance, redecoded = said, True
             next_seek, believed = seek + advance, True
             if options.word_timestamps:
                 next_seek, believed = yield from _time_words(
@@ -530,6 +539,16 @@ def _is_nobodys(draft: Draft, before: Sequence[Segment | Draft], span: Span) -> 
         return True
     voice_s = _voice_after_s(span, before, draft.start)
     return not voice_s or is_too_long(draft.text, voice_s)
+
+
+def _until_the_voice_goes_on(drafts: Sequence[Draft], window: Window) -> int:
+    """How many frames of a window its texts are done with: all, unless somebody surely goes on speaking behind the last
+    one. A model may end its text there, and the reference then leaves what follows, up to half a minute."""
+    last = _last_said(drafts)
+    if last is None or _is_invented(last) or not window.span.is_spoken(last.end + COVERED_S, window.end_s):
+        return window.n_frames
+    done = frames(last.end) - window.seek
+    return done if done > 0 else window.n_frames
 
 
 def _voice_after_s(span: Span, before: Sequence[Segment | Draft], begins_s: float) -> float:
