@@ -82,7 +82,8 @@ FLAGS = (
     Flag(
         REDECODED,
         "segment",
-        "the first one of a window that begins where the window before it had begun a text that it did not finish",
+        "the first one of a window that begins where the window before it had begun a text that it did not finish, "
+        "or where it had ended while somebody goes on speaking",
     ),
     Flag(
         MISMATCH,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from pipeline.demo.train.heldout import make_long, make_set
+from pipeline.demo.train.lexicon import Language
 from pipeline.engine import Engine
 from tests.benchmarks.heldout_accuracy import coverage, demo_config, demo_engine, measure_clips, transcribe_pcm
 
@@ -30,14 +31,24 @@ def test_text_language_and_times(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize(
-    ("minutes", "chunk_length_s", "pause_s"),
-    [(2.0, 10, None), (0.7, 1, None), (1.0, 10, (0.05, 0.09))],
-    ids=["long", "windows-of-1-s", "no-pause-to-cut-in"],
+    ("language", "seed", "minutes", "chunk_length_s", "pause_s"),
+    [
+        ("en", 4, 2.0, 10, None),
+        ("en", 4, 0.7, 1, None),
+        ("en", 4, 1.0, 10, (0.05, 0.09)),
+        ("es", 20, 2.0, 10, (0.05, 0.09)),  # its model ends a text 16 s before the window: six sentences
+    ],
+    ids=["long", "windows-of-1-s", "no-pause-to-cut-in", "a-text-that-ends-early"],
 )
 def test_nothing_is_lost_or_doubled(
-    engine: Engine, minutes: float, chunk_length_s: int, pause_s: tuple[float, float] | None
+    engine: Engine,
+    language: Language,
+    seed: int,
+    minutes: float,
+    chunk_length_s: int,
+    pause_s: tuple[float, float] | None,
 ) -> None:
-    clip = make_long("en", seed=4, minutes=minutes, pause_s=pause_s)
+    clip = make_long(language, seed, minutes=minutes, pause_s=pause_s)
     transcript = transcribe_pcm(clip.pcm, "x", engine, demo_config(chunk_length_s=chunk_length_s))
     assert coverage(clip, transcript).whole, coverage(clip, transcript)
     assert transcript.duration == len(clip.pcm)

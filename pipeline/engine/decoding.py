@@ -74,9 +74,13 @@ class Span:
         """Seconds between the two in which there may be a voice; all of them where there is nobody to ask."""
         return end_s - start_s if self.speech is None else voiced_s(self._frames(self.speech, start_s, end_s))
 
-    def is_spoken(self, start_s: float, end_s: float) -> bool:
-        """Whether somebody surely says something between the two; False where there is nobody to ask."""
-        return self.speech is not None and (longest(self._frames(self.speech, start_s, end_s) >= SURE_SPEECH) >= SPOKEN)
+    def next_voice_s(self, start_s: float, end_s: float) -> float | None:
+        """When somebody begins to speak between the two who surely says something; None where nobody does, or there is
+        nobody to ask."""
+        if self.speech is None:
+            return None
+        sure = self._frames(self.speech, start_s, end_s) >= SURE_SPEECH
+        return None if longest(sure) < SPOKEN else start_s + int(sure.argmax()) * VAD_FRAME / SAMPLE_RATE
 
     @staticmethod
     def _frames(speech: Frames, start_s: float, end_s: float) -> Frames:
@@ -510,7 +514,7 @@ def _keep_finished(drafts: list[Draft], window: Window) -> int:
     return max(0, frames(end) - window.seek)
 
 
-def _is_invented(draft: Draft) -> bool:
+def _is_invented(draft: Segment | Draft) -> bool:
     """More text than a voice can say in its time."""
     return is_too_long(draft.text, draft.end - draft.start)
 
@@ -545,9 +549,11 @@ def _until_the_voice_goes_on(drafts: Sequence[Draft], window: Window) -> int:
     """How many frames of a window its texts are done with: all, unless somebody surely goes on speaking behind the last
     one. A model may end its text there, and the reference then leaves what follows, up to half a minute."""
     last = _last_said(drafts)
-    if last is None or _is_invented(last) or not window.span.is_spoken(last.end + COVERED_S, window.end_s):
+    voice_s = None if last is None else window.span.next_voice_s(last.end + COVERED_S, window.end_s)
+    if last is None or voice_s is None or _is_invented(last):
         return window.n_frames
-    done = frames(last.end) - window.seek
+    # Not with the pause before it, to whose beginning the model may put that of the text.
+    done = frames(max(last.end, voice_s - COVERED_S)) - window.seek
     return done if done > 0 else window.n_frames
 
 

@@ -14,6 +14,7 @@ from pipeline.demo import model_path
 from pipeline.engine.decoding import Decode, Decoded, DetectLanguage, Span, compression_ratio, walk
 from pipeline.engine.tokens import Tokenizer, check_options
 from pipeline.errors import ConfigError, NonFiniteError
+from pipeline.flags import REDECODED
 from pipeline.types import DecodeOptions, Hypothesis
 from pipeline.vad import Frames
 
@@ -336,6 +337,41 @@ def test_a_tail_that_nobody_speaks_in_is_not_decoded_again(tokenizer: Tokenizer,
     assert [s.text for s in hypothesis.segments] == [" one", " two"][:n_windows]
 
 
+@pytest.mark.parametrize(
+    ("voice", "end_s", "again_s"),
+    [
+        ("125# 10. 178#", 4, 4.0),
+        ("313#", 4, 4.0),
+        ("125# 80. 31# 77.", 4, 6.24),  # 1 s of it, and the pause is left out
+        ("125# 80. 30# 78.", 4, None),  # what `uncovered_speech` is not said of
+        ("134# 10# 169.", 4.3, None),  # the last breath of what was said
+        ("125# 10. 178?", 4, None),  # perhaps music
+        ("125# 188.", 4, None),
+        ("313#", 1, None),  # 53 characters in a second: where they really end nobody knows
+        ("", 4, None),  # `vad: none`
+    ],
+)
+def test_a_voice_that_goes_on_behind_the_last_text_is_decoded_again(
+    tokenizer: Tokenizer, voice: str, end_s: float, again_s: float | None
+) -> None:
+    """Where the reference goes on with the next window."""
+    said = [at(0), *tokenizer.encode(SPOKEN), at(end_s)]
+    rest = [at(0), *tokenizer.encode(" And what else?"), at(9)]
+    answer = lambda d: (said if d.window.seek == 0 else rest, GOOD, 0.0)  # noqa: E731
+    options = replace(EN, chunk_length_s=10)
+    speech = frames(voice) if voice else None
+    hypothesis, asked = run(10, options, tokenizer, answer, speech=speech)
+    assert windows(asked) == ([(0, 10), (again_s, 10 - again_s)] if again_s else [(0, 10)])
+    assert [(s.text, s.flags) for s in hypothesis.segments] == [
+        (SPOKEN, ()), (" And what else?", (REDECODED,)),
+    ][: len(asked)]  # fmt: skip
+    speech = frames(f"{voice} 625. 313#") if voice else None
+    _, asked = run(40, replace(options, chunk_length_s=30), tokenizer, answer, speech=speech)
+    assert windows(asked)[1] == ((again_s, 30) if again_s else (30, 10)), "in the middle of a span too"
+    sequential, asked = run(10, SEQUENTIAL, tokenizer, answer)
+    assert (len(asked), sequential.segments[0].text) == (1, SPOKEN)
+
+
 def test_text_up_to_the_cut_is_not_believed(tokenizer: Tokenizer) -> None:
     def answer(request: Decode) -> tuple[list[int], float, float]:
         a, b = tokenizer.encode(" first"), tokenizer.encode(" sec")
@@ -366,12 +402,13 @@ def test_the_last_window_of_a_span_is_the_reference_s(tokenizer: Tokenizer) -> N
     assert [(s.text, s.end) for s in hypothesis.segments] == [(" all of it", 8.0)]
 
 
-@pytest.mark.parametrize("algorithm", ["windows", "sequential"])
+@pytest.mark.parametrize(("algorithm", "speech"), [("windows", None), ("windows", "2032#"), ("sequential", None)])
 @pytest.mark.parametrize("tokens", [[], [TIME], [TIME, TIME + 1], [TIME + 1], [TIME, 1000], [1000], [TIME, 1000, TIME]])
-def test_every_walk_ends(tokenizer: Tokenizer, algorithm: Any, tokens: list[int]) -> None:
+def test_every_walk_ends(tokenizer: Tokenizer, algorithm: Any, speech: str | None, tokens: list[int]) -> None:
     """Whatever a model says, a walk goes on: seeks never stand still."""
     options = DecodeOptions(language="en", algorithm=algorithm, chunk_length_s=2)
-    _, asked = run(65, options, tokenizer, lambda _: (tokens, GOOD, 0.0))
+    voice = frames(speech) if speech else None
+    _, asked = run(65, options, tokenizer, lambda _: (tokens, GOOD, 0.0), speech=voice)
     assert len(asked) < 65 * 50
 
 
