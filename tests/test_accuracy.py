@@ -36,7 +36,7 @@ def test_text_language_and_times(engine: Engine) -> None:
         ("en", 4, 2.0, 10, None),
         ("en", 4, 0.7, 1, None),
         ("en", 4, 1.0, 10, (0.05, 0.09)),
-        ("es", 20, 2.0, 10, (0.05, 0.09)),  # its model ends a text 16 s before the window: six sentences
+        ("es", 20, 2.0, 10, (0.05, 0.09)),  # the model ends its text 16 s before its window does
     ],
     ids=["long", "windows-of-1-s", "no-pause-to-cut-in", "a-text-that-ends-early"],
 )
