@@ -137,7 +137,7 @@ class Cluster:
         common = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.CRITICAL}
         handler = signal.getsignal(signal.SIGTERM)
         try:
-            with nullcontext() if verbose else _quiet_core():
+            with nullcontext() if verbose else _quiet_core(), nullcontext() if address else _on_loopback():
                 if address:
                     ray.init(address=address, **common)
                 else:
@@ -147,7 +147,7 @@ class Cluster:
                         object_store_memory=self._config.object_store_mb and self._config.object_store_mb << 20,
                         include_dashboard=False,
                         _system_config={"num_workers_soft_limit": _KEPT_WORKERS, "worker_niceness": self._niceness},
-                        _node_ip_address="127.0.0.1",  # no port of a local cluster is seen from outside
+                        _node_ip_address="127.0.0.1",
                         **common,
                     )
         except ConnectionError as error:
@@ -164,6 +164,26 @@ class Cluster:
         if not verbose:
             _hush("ray.data")
         self._exit.callback(ray.shutdown)
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Ray's processes that are started within listen on 127.0.0.1 alone. Else Ray takes the address of a network for
+    `_node_ip_address`, whatever is given (`services.resolve_ip_for_localhost`), and a dozen ports on all interfaces,
+    unless it believes that there are no clusters on this system, as on macOS and Windows."""
+    from ray._private import ray_constants
+
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR  # for the processes: here it was read at the import
+    before, constant = os.environ.get(name), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:  # this process may join a cluster later
+        ray_constants.ENABLE_RAY_CLUSTER = constant
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 @contextmanager

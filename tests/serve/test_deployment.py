@@ -6,6 +6,7 @@ import json
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from pipeline.config import load_config
 from pipeline.errors import ConfigError
 from serve_app.deployment import AppArgs, ModelArgs, _engines, args_for, replicas_for_windows
 
+LOOPBACK = {"127.0.0.1", "::ffff:127.0.0.1"}
 FAKE = ("--set", "engine=fake", "--set", "log_format=json", "--set", "ray.object_store_mb=200")
 
 
@@ -34,6 +36,8 @@ def test_killed_replica_and_drained_server() -> None:
     hang = "fake.faults=[{kind: hang, text: '3'}]"
     with serving(*FAKE, "--set", hang) as served, ThreadPoolExecutor(2) as pool:
         before = post(served).json()
+        assert heard_at(served, "command", "ray") <= LOOPBACK
+        assert heard_at(served, "front", "engine") <= LOOPBACK | {"::"}  # Serve's own port: "[::]:0", whatever is set
         running = pool.submit(post, served)
         time.sleep(1.0)
         (replica,), (front,) = (served.processes()[kind] for kind in ("engine", "front"))
@@ -56,6 +60,16 @@ def test_killed_replica_and_drained_server() -> None:
     assert [one["status"] for one in requests_said] == ["200"] * 3
     assert before["request_id"] in {one["request"] for one in requests_said}
     assert before["text"].split()[0] not in "".join(served.lines)
+
+
+def heard_at(served: Served, *kinds: str) -> set[str]:
+    """The addresses at which its processes of these kinds listen."""
+    found, processes = set(), served.processes()
+    for process in (one for kind in kinds for one in processes[kind]):
+        with suppress(psutil.NoSuchProcess):
+            found |= {one.laddr.ip for one in process.net_connections("tcp") if one.status == psutil.CONN_LISTEN}
+    assert found
+    return found
 
 
 def niceness(process: psutil.Process) -> int:
