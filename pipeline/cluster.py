@@ -137,19 +137,20 @@ class Cluster:
         common = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.CRITICAL}
         handler = signal.getsignal(signal.SIGTERM)
         try:
-            with nullcontext() if verbose else _quiet_core(), nullcontext() if address else _on_loopback():
+            with nullcontext() if verbose else _quiet_core():
                 if address:
                     ray.init(address=address, **common)
                 else:
-                    ray.init(
-                        address="local",
-                        num_cpus=self._config.num_cpus or max(LOCAL_CPUS, os.cpu_count() or 1),
-                        object_store_memory=self._config.object_store_mb and self._config.object_store_mb << 20,
-                        include_dashboard=False,
-                        _system_config={"num_workers_soft_limit": _KEPT_WORKERS, "worker_niceness": self._niceness},
-                        _node_ip_address="127.0.0.1",
-                        **common,
-                    )
+                    with _on_loopback():
+                        ray.init(
+                            address="local",
+                            num_cpus=self._config.num_cpus or max(LOCAL_CPUS, os.cpu_count() or 1),
+                            object_store_memory=self._config.object_store_mb and self._config.object_store_mb << 20,
+                            include_dashboard=False,
+                            _system_config={"num_workers_soft_limit": _KEPT_WORKERS, "worker_niceness": self._niceness},
+                            _node_ip_address="127.0.0.1",
+                            **common,
+                        )
         except ConnectionError as error:
             raise ConfigError(f"ray.address {address}: no Ray cluster answers there ({error})") from None
         except Exception as error:  # Ray's own, of no class: its node has 30 s to start, which a laden machine may miss

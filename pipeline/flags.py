@@ -40,6 +40,7 @@ PHRASE = 8  # words of the longest phrase that is looked for again
 TIMES = 4  # a phrase, or a segment, that is said so often in a row
 REPEATED = 8  # words that the repeated phrases must be together: "no, no, no, no" is speech
 CHARACTERS_PER_S = 25  # more than a fast speaker says
+COVERED_S = 0.3  # a text covers speech this close to its time: timestamps are that exact
 LETTERS = 20  # a text with fewer has no language that could be told
 LOOKED_AT = 240  # characters of a text that are looked at: its beginning, middle and end
 UNLIKELY = 0.1  # a language that is less likely than this is not the text's

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import flags
-from pipeline.flags import UNCOVERED
+from pipeline.flags import COVERED_S, UNCOVERED
 from pipeline.types import (
     SAMPLE_RATE,
     VAD_FRAME,
@@ -30,9 +30,9 @@ from pipeline.types import (
     Word,
     seconds,
 )
-from pipeline.vad import SPOKEN, SURE_SPEECH, Frames, longest, voiced_s
+from pipeline.vad import SPOKEN, SURE_SPEECH, Frames, most_together, voiced_s
 
-MARGIN = 3 * SAMPLE_RATE // 10  # a segment covers speech this close to it: timestamps are that exact
+MARGIN = round(COVERED_S * SAMPLE_RATE)
 # The flag is set where a span with EMPTY of sure speech has no text at all, or anywhere SPOKEN of it lies together and
 # no segment covers it. In frames of 32 ms.
 EMPTY = 8  # 0.26 s, a short word
@@ -174,7 +174,7 @@ def _with_coverage(result: UnitResult, speech: Frames, empty: Sequence[Range]) -
     sure = speech >= SURE_SPEECH
     uncovered = sure & ~_covered(result.segments, result.start, len(speech))
     silent = any(sure[span.start // VAD_FRAME : -(-span.stop // VAD_FRAME)].sum() >= EMPTY for span in empty)
-    flagged = silent or longest(uncovered) >= SPOKEN
+    flagged = silent or most_together(uncovered) >= SPOKEN
     return replace(
         result,
         speech=_n_samples(sure, result.n_samples),

@@ -141,7 +141,7 @@ def voice_s(speech: Frames) -> float:
     return max(voiced_s(kept), longest * VAD_FRAME / SAMPLE_RATE if longest >= WORD else 0.0)
 
 
-def longest(frames: NDArray[np.bool_]) -> int:
+def most_together(frames: NDArray[np.bool_]) -> int:
     """The most frames set that lie together, with no more than APART between one and the next."""
     at = np.flatnonzero(frames)
     groups = np.split(at, np.flatnonzero(np.diff(at) > APART) + 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from pipeline.schema import RECORDINGS, SEGMENTS, WORDS, recording_row, segment_
 from pipeline.scoring import word_score
 from pipeline.transcribe import transcribe
 from pipeline.types import Transcript
+from tests.benchmarks.heldout_accuracy import in_both
 
 pytestmark = pytest.mark.ray
 MANIFEST = clips_path() / "manifest.jsonl"
@@ -81,10 +81,8 @@ def test_words_lie_where_they_were_spoken(output: Path) -> None:
         by_recording.setdefault(word["recording_id"], []).append(word)
     for name, words in by_recording.items():
         reference = [word for sentence in spoken[name]["sentences"] for word in sentence["words"]]
-        matcher = SequenceMatcher(None, [w["word"] for w in words], [w["word"] for w in reference], autojunk=False)
-        for mine, theirs, size in matcher.get_matching_blocks():
-            pairs = zip(words[mine : mine + size], reference[theirs : theirs + size], strict=True)
-            errors += [abs(word["start"] - heard["start"]) for word, heard in pairs]
+        pairs = in_both([word["word"] for word in words], [word["word"] for word in reference])
+        errors += [abs(words[i]["start"] - reference[j]["start"]) for i, j in pairs]
     assert len(errors) > 400
     assert sorted(errors)[len(errors) // 2] <= 0.15
 

@@ -24,9 +24,9 @@ from pipeline.engine.language import Heard, follow
 from pipeline.engine.timing import CLOSING, OPENING, Draft, WordTiming, frames, last_word_end, place_words
 from pipeline.engine.tokens import Tokenizer
 from pipeline.errors import NonFiniteError
-from pipeline.flags import MISMATCH, REDECODED, SURELY_HEARD, are_kin, is_too_long
+from pipeline.flags import COVERED_S, MISMATCH, REDECODED, SURELY_HEARD, are_kin, is_too_long
 from pipeline.types import SAMPLE_RATE, VAD_FRAME, DecodeOptions, Hypothesis, Pcm, Segment
-from pipeline.vad import SPOKEN, SURE_SPEECH, Frames, longest, voice_s, voiced_s
+from pipeline.vad import SPOKEN, SURE_SPEECH, Frames, most_together, voice_s, voiced_s
 
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 FRAMES_PER_TOKEN = 2  # a timestamp token is 20 ms
@@ -36,7 +36,6 @@ TEXT_CONTEXT = 448  # decoder positions; half of them hold history, half are sam
 FAST_CHARACTERS_PER_S, SLOW_CHARACTERS_PER_S = 20, 10  # what speakers say
 CUT_MARGIN_S = 0.5  # text that ends nearer to a cut in running speech may be cut, or made up, itself
 DYING_S = 0.1  # a voice may go on so long behind the end that its sentence was given
-COVERED_S = 0.3  # a text covers speech this close to its end, as in `stitch`
 LATE_S = 0.3  # a sentence may begin so much earlier than the time that it was given
 ONSET = 1 * FRAMES_PER_SECOND  # of a short window without speech that is heard again with what follows
 PROMPT_CONTEXT = TEXT_CONTEXT // 2 - 1  # tokens of history that fit: 223
@@ -80,7 +79,7 @@ class Span:
         if self.speech is None:
             return None
         sure = self._frames(self.speech, start_s, end_s) >= SURE_SPEECH
-        return None if longest(sure) < SPOKEN else start_s + int(sure.argmax()) * VAD_FRAME / SAMPLE_RATE
+        return None if most_together(sure) < SPOKEN else start_s + int(sure.argmax()) * VAD_FRAME / SAMPLE_RATE
 
     @staticmethod
     def _frames(speech: Frames, start_s: float, end_s: float) -> Frames:
@@ -549,11 +548,13 @@ def _until_the_voice_goes_on(drafts: Sequence[Draft], window: Window) -> int:
     """How many frames of a window its texts are done with: all, unless somebody surely goes on speaking behind the last
     one. A model may end its text there, and the reference then leaves what follows, up to half a minute."""
     last = _last_said(drafts)
-    voice_s = None if last is None else window.span.next_voice_s(last.end + COVERED_S, window.end_s)
-    if last is None or voice_s is None or _is_invented(last):
+    if last is None or _is_invented(last):
+        return window.n_frames
+    begins_s = window.span.next_voice_s(last.end + COVERED_S, window.end_s)
+    if begins_s is None:
         return window.n_frames
     # Not with the pause before it, to whose beginning the model may put that of the text.
-    done = frames(max(last.end, voice_s - COVERED_S)) - window.seek
+    done = frames(max(last.end, begins_s - COVERED_S)) - window.seek
     return done if done > 0 else window.n_frames
 
 

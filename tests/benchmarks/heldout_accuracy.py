@@ -109,8 +109,12 @@ def word_start_errors(clip: Clip, transcript: Transcript) -> list[float]:
 
 def shared_words(clip: Clip, heard: Sequence[str]) -> list[tuple[int, int]]:
     """Pairs (index of a spoken word, index in `heard`), in order."""
-    said = [normalise(word.text) for word in clip.words]
-    matcher = SequenceMatcher(None, said, [normalise(word) for word in heard], autojunk=False)
+    return in_both([normalise(word.text) for word in clip.words], [normalise(word) for word in heard])
+
+
+def in_both(said: Sequence[str], heard: Sequence[str]) -> list[tuple[int, int]]:
+    """Pairs of indices of the words that both have, in order."""
+    matcher = SequenceMatcher(None, said, heard, autojunk=False)
     return [(block.a + k, block.b + k) for block in matcher.get_matching_blocks() for k in range(block.size)]
 
 
